@@ -41,9 +41,7 @@ class ShellSource(msgspec.Struct, frozen=True, tag="shell"):
 AnySource = UrlSource | CommandSource | ShellSource
 
 
-class StreamOptions(
-    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
-):
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Options of one stream, as given with `streamfs add`. Paths are absolute once registered."""
 
     size: Annotated[int, msgspec.Meta(ge=0)] | None = None  # declared length in bytes
@@ -151,10 +149,7 @@ def redact_url(url: str) -> str:
     if "@" in netloc:
         netloc = "…@" + netloc.rsplit("@", 1)[1]
     query = "&".join(
-        key + "=…" if "=" in pair else "…"
-        for pair in parts.query.split("&")
-        if pair
-        for key in (pair.split("=")[0],)
+        key + "=…" if "=" in pair else "…" for pair in parts.query.split("&") if pair for key in (pair.split("=")[0],)
     )
     return urlunsplit((parts.scheme, netloc, parts.path, query, "…" if parts.fragment else ""))
 

@@ -22,9 +22,7 @@ class TransportError(StreamfsError):
     "refused": an option or address that must not be used.
     Worth another try: connect, reset, truncated. Never: tls, protocol, refused."""
 
-    def __init__(
-        self, kind: Literal["connect", "tls", "reset", "truncated", "protocol", "refused"], text: str
-    ) -> None:
+    def __init__(self, kind: Literal["connect", "tls", "reset", "truncated", "protocol", "refused"], text: str) -> None:
         super().__init__(text)
         self.kind = kind
 
