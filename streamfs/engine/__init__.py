@@ -1,0 +1,11 @@
+"""The buffer engine: usable alone, without FUSE, command line or network.
+
+ranges        interval arithmetic
+pool          reused memory pieces within a budget
+state         what is present, where the end is, who waits; all transitions
+recording     the on-disk form, each block with a checksum
+store         bytes at rest: memory pieces, then a recording
+fetches       which fetches a ranged source needs for what its readers want; a decision, no I/O
+buffer        Buffer: one generation, many readers and writers, threads and trio
+streambuffer  StreamBuffer: random access to any iterable
+"""

@@ -1,0 +1,418 @@
+"""One generation of a stream: who brings bytes, who reads them, threads and trio alike.
+
+`Buffer` is passive: it never fetches. Writers put bytes in (`Writer`); readers get them out; where bytes are
+missing a reader calls its `demand` hook and waits. streamfs.engine.streambuffer puts an iterable behind it, and
+streamfs.stream puts sources behind it.
+
+Locking: `_lock` guards state and store together. Nothing is awaited and no I/O is done while it is held, and no
+other lock is taken but the pool's, which is a leaf. Wakes happen under it, and only signal.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import trio
+
+from streamfs.engine.pool import Pool
+from streamfs.engine.recording import DamagedExtent, Recording
+from streamfs.engine.state import BufferState, Waiter
+from streamfs.engine.store import Gathered, Segment, Store
+from streamfs.errors import Closed, SourceFailed, StreamfsError
+
+Demand = Callable[[int, int], None]
+"""Called with (first missing byte, end of the read) before a reader waits, without the lock: make them come."""
+
+SPILL_BATCH = 4 * 1024 * 1024
+"""Most bytes one step of spilling writes, so that no step stalls anybody for long."""
+
+
+class Missing(int):
+    """The first byte of a read that is not there yet."""
+
+
+class Buffer:
+    """The received bytes of one generation. All methods may be called from any thread unless they say otherwise."""
+
+    def __init__(self, pool: Pool, *, size: int | None = None, recording: Recording | None = None) -> None:
+        self._lock = threading.Lock()
+        self._state = BufferState(size)  # GUARDED_BY _lock
+        self._store = Store(pool, recording)  # GUARDED_BY _lock
+        self._writers = 0  # GUARDED_BY _lock
+        self._disk_limiter: trio.CapacityLimiter | None = None
+        self.refetchable = False
+        """Whether bytes that are lost here can be had from the source again."""
+        if recording is not None:
+            self._adopt(recording)
+
+    def _adopt(self, recording: Recording) -> None:
+        """Take over what a loaded recording holds."""
+        if recording.size is not None:
+            self._state.sized(recording.size)
+        for start, stop in recording.present():
+            self._state.received(start, stop)
+
+    # What is known
+
+    @property
+    def size(self) -> int | None:
+        return self._state.size
+
+    @property
+    def buffered(self) -> int:
+        """Bytes present, wherever they rest."""
+        return self._state.present.total
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory pieces held."""
+        return self._store.memory
+
+    @property
+    def complete(self) -> bool:
+        with self._lock:
+            return self._state.complete
+
+    @property
+    def failure(self) -> StreamfsError | None:
+        return self._state.doomed or self._state.failure
+
+    @property
+    def doomed(self) -> bool:
+        return self._state.doomed is not None
+
+    @property
+    def recording(self) -> Recording | None:
+        return self._store.recording
+
+    @property
+    def waiting(self) -> int:
+        """Readers that wait for bytes."""
+        return self._state.waiting
+
+    def is_waited_for(self, start: int, stop: int | None) -> bool:
+        with self._lock:
+            return self._state.is_waited_for(start, stop)
+
+    def first_gap(self, start: int) -> int | None:
+        """The first missing byte at or after `start`; None where everything up to a known size is there."""
+        with self._lock:
+            end = self._state.present.run_end(start)
+            return None if self._state.size is not None and end >= self._state.size else end
+
+    def next_present(self, start: int) -> int | None:
+        """The first present byte at or after `start`."""
+        with self._lock:
+            return self._state.present.next_start(start)
+
+    def available(self, offset: int, size: int) -> int:
+        """How many of `size` bytes from `offset` can be read at once."""
+        with self._lock:
+            return self._state.available(offset, size)
+
+    # Reading
+
+    def look(self, offset: int, size: int) -> memoryview | Gathered | Missing:
+        """Read without waiting. Either a view of `size` bytes (fewer only at the proven end), or a Gathered whose
+        disk part is still to be read (`settle`), or the first Missing byte.
+
+        The view is good only as long as `Store.view` says: on the thread that fills pieces, until its next
+        await. Others use `read`. Raises the stream's failure, OutsideWindow, Damaged, Closed, SourceChanged.
+        """
+        with self._lock:
+            return self._look(offset, size)
+
+    def _look(self, offset: int, size: int) -> memoryview | Gathered | Missing:
+        stop, missing = self._state.want(offset, size)
+        if missing is not None:
+            return Missing(missing)
+        if stop <= offset:
+            return memoryview(b"")
+        view = self._store.view(offset, stop)
+        return view if view is not None else self._store.gather(offset, stop)
+
+    def settle(self, gathered: Gathered, *, wait: bool) -> memoryview | None:
+        """Read the disk part of `gathered`: its bytes, or None where it would block (wait=False) or an extent was
+        damaged and dropped, so that the read starts anew."""
+        try:
+            return memoryview(gathered.out) if gathered.read_disk(wait=wait) else None
+        except DamagedExtent as damage:
+            self._drop_damaged(damage)
+            return None
+
+    def _drop_damaged(self, damage: DamagedExtent) -> None:
+        with self._lock:
+            if self._store.recording is not None:
+                self._store.recording.drop(damage.start, damage.stop)
+            self._state.lost(damage.start, damage.stop, for_good=not self.refetchable)
+
+    async def read_async(self, offset: int, size: int, demand: Demand | None = None) -> memoryview:
+        """`size` bytes from `offset`, fewer only at the proven end; the view is good until the next await.
+
+        For the trio thread that also fills the pieces. Raises as `look`.
+        """
+        while True:
+            found = self.look(offset, size)
+            if isinstance(found, memoryview):
+                return found
+            if isinstance(found, Gathered):
+                view = self.settle(found, wait=False)
+                if view is None and found.disk:
+                    settle = partial(self.settle, found, wait=True)
+                    view = await trio.to_thread.run_sync(settle, limiter=self._limiter())
+                if view is not None:
+                    return view
+                continue
+            await self.wait_async(offset, size, demand)
+
+    async def wait_async(self, offset: int, size: int, demand: Demand | None = None) -> None:
+        """Wait until something changed for a read of `size` at `offset`: then look again."""
+        event = trio.Event()
+        waiter = self._enlist(offset, size, _trio_wake(event))
+        if waiter is None:
+            return
+        try:
+            if demand is not None:
+                demand(waiter.missing, offset + size)
+            await event.wait()
+        finally:
+            with self._lock:
+                self._state.forget(waiter)
+
+    def _enlist(self, offset: int, size: int, wake: Callable[[], None]) -> Waiter | None:
+        with self._lock:
+            stop, missing = self._state.want(offset, size)
+            if missing is None:
+                return None
+            waiter = Waiter(missing, stop, wake)
+            self._state.wait(waiter)
+            return waiter
+
+    def _limiter(self) -> trio.CapacityLimiter:
+        if self._disk_limiter is None:
+            self._disk_limiter = trio.CapacityLimiter(4)  # reads of one stream that hang on a disk hold up no other
+        return self._disk_limiter
+
+    def copy(self, offset: int, size: int) -> bytes | Gathered | Missing:
+        """As `look`, for any thread: the bytes are copied before anybody can refill their piece."""
+        with self._lock:
+            found = self._look(offset, size)
+            return bytes(found) if isinstance(found, memoryview) else found
+
+    def read_copy(self, offset: int, size: int) -> bytes | Missing:
+        """As `copy`, and reads the disk part at once: blocks on it."""
+        while True:
+            found = self.copy(offset, size)
+            if not isinstance(found, Gathered):
+                return found
+            view = self.settle(found, wait=True)
+            if view is not None:
+                return bytes(view)
+
+    @contextmanager
+    def enlisted(self, offset: int, size: int, wake: Callable[[], None]) -> Iterator[bool]:
+        """Registers a waiter for the block's time; gives False where there is nothing to wait for. May raise as
+        `look`. `wake` is called at most once and only signals."""
+        waiter = self._enlist(offset, size, wake)
+        try:
+            yield waiter is not None
+        finally:
+            if waiter is not None:
+                with self._lock:
+                    self._state.forget(waiter)
+
+    def wake_one(self) -> None:
+        with self._lock:
+            self._state.wake_one()
+
+    def wake_all(self) -> None:
+        with self._lock:
+            self._state.wake_all()
+
+    # Writing
+
+    def writer(self, position: int) -> Writer:
+        """Somebody who brings the bytes from `position` on. At most one writer per position."""
+        with self._lock:
+            self._writers += 1
+        return Writer(self, position)
+
+    def ended(self, size: int) -> None:
+        """The stream's end is proven at `size`. Raises SourceFailed where that contradicts what is known."""
+        with self._lock:
+            self._state.sized(size)
+
+    def fail(self, error: StreamfsError) -> None:
+        """Missing bytes cannot be had: each read of some raises `error`."""
+        with self._lock:
+            self._state.fail(error)
+
+    def retry(self) -> None:
+        """Somebody fetches again: forget an earlier failure."""
+        with self._lock:
+            self._state.retry()
+
+    def doom(self, error: StreamfsError) -> None:
+        """No byte may be read any more, present or not: each read raises `error`."""
+        with self._lock:
+            self._state.doom(error)
+
+    # Resting places
+
+    def record(self, recording: Recording) -> None:
+        """Give the buffer its place on disk; once."""
+        with self._lock:
+            if self._store.recording is not None:
+                raise ValueError("this buffer has a recording already")
+            self._store.recording = recording
+
+    def spill(self, most: int = SPILL_BATCH, *, all_of_it: bool = False) -> int:
+        """Move up to `most` bytes from memory to the recording; returns how many moved, 0 where nothing can.
+
+        Blocks on the disk: call it from a worker thread. Reads go on meanwhile. Raises OSError; then the bytes
+        stay in memory.
+        """
+        with self._lock:
+            recording = self._store.recording
+            if recording is None:
+                return 0
+            segments = self._store.take_spillable(most, all_of_it=all_of_it)
+        if not segments:
+            return 0
+        try:
+            extents = recording.append([(s.start, s.content()) for s in segments])
+        except BaseException:
+            with self._lock:
+                self._store.not_spilled(segments)
+            raise
+        with self._lock:
+            self._store.spilled(segments, extents)
+        return sum(s.filled for s in segments)
+
+    def forget_memory(self, most: int = SPILL_BATCH) -> int:
+        """Drop up to `most` bytes from memory without writing them anywhere; returns how many. Only where the
+        source can give them again."""
+        if not self.refetchable:
+            return 0
+        with self._lock:
+            segments: list[Segment] = self._store.take_spillable(most)
+            for segment in segments:
+                self._state.present.discard(segment.start, segment.stop)
+            self._store.drop_memory(segments)
+        return sum(s.filled for s in segments)
+
+    def settle_for_good(self) -> None:
+        """Write everything to the recording and make it durable. Blocks. The buffer must be complete and must
+        have a recording. Raises OSError, or ValueError where it is not complete."""
+        while self.spill(all_of_it=True):
+            pass
+        with self._lock:
+            if not self._state.complete or self._store.memory or self._store.recording is None:
+                raise ValueError("only a complete buffer with a recording can be settled")
+            size, recording = self._state.size, self._store.recording
+        assert size is not None
+        recording.complete(size)
+
+    def close(self) -> None:
+        """Give memory back and drop the recording's descriptors. Every read raises Closed from now on."""
+        with self._lock:
+            if self._state.doomed is None:
+                self._state.doom(Closed("the buffer is closed"))
+            self._state.wake_all()
+            if self._writers == 0:
+                self._store.clear()
+            self._store.recording = None
+
+
+class Writer:
+    """Brings the bytes of one run, in order. Used by one task or thread at a time; close it."""
+
+    def __init__(self, buffer: Buffer, position: int) -> None:
+        self._buffer = buffer
+        self._closed = False
+        self.start = position
+        self.position = position
+
+    def room(self) -> memoryview | None:
+        """Memory for the next bytes, at least one. None where the pool is spent: make room, then ask again.
+
+        The view ends where bytes that are present begin, and at the size; `met` tells when there is none. Raises
+        Closed once nothing can be read any more.
+        """
+        buffer = self._buffer
+        with buffer._lock:
+            if buffer._state.doomed is not None:
+                raise buffer._state.doomed
+            view = buffer._store.room(self.position, self.position - self.start)
+            if view is None:
+                return None
+            limit = buffer._state.present.next_start(self.position)
+            size = buffer._state.size
+            if size is not None and (limit is None or size < limit):
+                limit = size
+            return view if limit is None else view[: limit - self.position]
+
+    @property
+    def met(self) -> bool:
+        """Whether the next byte is there already, or is past the known size: nothing is left to bring here."""
+        with self._buffer._lock:
+            state = self._buffer._state
+            if state.size is not None and self.position >= state.size:
+                return True
+            return state.present.run_end(self.position) > self.position
+
+    def wrote(self, count: int) -> None:
+        """The first `count` bytes of `room` are filled: they are present from now on, and who waits is woken."""
+        buffer = self._buffer
+        with buffer._lock:
+            buffer._store.wrote(self.position, count)
+            start = self.position
+            self.position += count
+            buffer._state.received(start, self.position)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        """Nothing more comes from here. Safe to call again."""
+        if self._closed:
+            return
+        self._closed = True
+        buffer = self._buffer
+        with buffer._lock:
+            buffer._store.leave(self.position)
+            buffer._writers -= 1
+            if buffer._state.doomed is not None and buffer._writers == 0 and isinstance(buffer._state.doomed, Closed):
+                buffer._store.clear()
+
+    def append(self, data: memoryview, make_room: Callable[[], None]) -> None:
+        """Bring all of `data`, copying. `make_room` is called, without the lock, while the pool is spent; it
+        raises where no room can be made. Raises SourceFailed where `data` goes past the known size."""
+        while data:
+            view = self.room()
+            if view is None:
+                make_room()
+                continue
+            if not view:
+                raise SourceFailed(f"the source sent more than the {self._buffer.size} bytes that were declared")
+            count = min(len(view), len(data))
+            view[:count] = data[:count]
+            self.wrote(count)
+            data = data[count:]
+
+
+def _trio_wake(event: trio.Event) -> Callable[[], None]:
+    """A wake that works from the event's own trio thread and from any other."""
+    token = trio.lowlevel.current_trio_token()
+
+    def wake() -> None:
+        if trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is token:
+            event.set()
+        else:
+            token.run_sync_soon(event.set)
+
+    return wake
