@@ -71,6 +71,18 @@ class Closed(StreamfsError):
     errno: ClassVar[int] = _errno.ESHUTDOWN
 
 
+class Busy(StreamfsError):
+    """Something else holds what was asked for, such as the home of a running daemon (EBUSY)."""
+
+    errno: ClassVar[int] = _errno.EBUSY
+
+
+class Unreachable(StreamfsError):
+    """The daemon does not answer (ENOTCONN)."""
+
+    errno: ClassVar[int] = _errno.ENOTCONN
+
+
 class NotFound(StreamfsError):
     """No stream, folder or attribute of that name (ENOENT)."""
 

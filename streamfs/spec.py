@@ -6,8 +6,10 @@ sources. Nothing here does I/O.
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Annotated, Literal
+import shlex
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -86,9 +88,118 @@ class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
             case UrlSource(url=url):
                 return redact_url(url)
             case CommandSource(argv=argv):
-                return " ".join(argv)
+                return redact_text(shlex.join(argv))
             case ShellSource(line=line):
-                return line
+                return redact_text(line)
+
+
+class MountOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the daemon mounts and what it may use. Sizes in bytes, `ttl` in seconds."""
+
+    allow_other: bool = False  # other users may read the mount
+    memory: int = 256 << 20  # of all streams together
+    spill_threshold: int = 5 << 20  # of one stream, before its bytes move to the cache directory
+    cache_dir: str | None = None  # absolute; None: the home's own
+    cache_size: int | None = 10 << 30  # of everything evictable in the cache directory; None: no limit
+    ttl: float = 3600.0  # how long cached bytes are kept after their last use
+    read_ahead: int = 8 << 20  # how far past the furthest reader a source is read
+
+
+_T = TypeVar("_T")
+
+
+def to_json(value: Any) -> bytes:
+    """`value` (JSON types, msgspec structs) as JSON in ASCII or UTF-8. Text that came from file names or arguments
+    that are not UTF-8 (lone surrogates) is kept, as \\udcXX. Raises TypeError for what JSON cannot hold."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode("ascii")
+
+
+def from_json(data: bytes | str, kind: type[_T]) -> _T:
+    """The value of type `kind` that `to_json` wrote. Raises InvalidRequest where it is not one."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        try:
+            return msgspec.convert(json.loads(data), kind)
+        except (ValueError, RecursionError):  # json's and msgspec's own errors are both ValueErrors
+            raise InvalidRequest(f"not a valid {kind.__name__}: {error}") from error
+
+
+def check_spec(spec: StreamSpec) -> StreamSpec:
+    """`spec`, if it can be registered: name, source and every option checked for itself, without I/O.
+    Raises InvalidRequest (or NameTooLong) with one line that says what is wrong."""
+    check_name(spec.name)
+    is_url = isinstance(spec.source, UrlSource)
+    match spec.source:
+        case UrlSource(url=url):
+            check_url(url)
+        case CommandSource(argv=argv):
+            if not argv or not argv[0]:
+                raise InvalidRequest("the command is empty")
+            for word in argv:
+                _check_no_nul("the command", word)
+        case ShellSource(line=line):
+            if not line.strip():
+                raise InvalidRequest("the shell line is empty")
+            _check_no_nul("the shell line", line)
+    options = spec.options
+    for field in _URL_ONLY if not is_url else _COMMAND_ONLY:
+        if getattr(options, field) != getattr(_NO_OPTIONS, field):
+            kind = "URLs" if not is_url else "commands"
+            raise InvalidRequest(f"the option --{field.rstrip('s').replace('_', '-')} is for {kind} only")
+    for header, value in options.headers:
+        if not _TOKEN.fullmatch(header):
+            raise InvalidRequest(f"not a header name: {header!r}")
+        if _CONTROL.search(value):
+            raise InvalidRequest(f"the value of the header {header} holds a control character")
+    if options.user_agent is not None and _CONTROL.search(options.user_agent):
+        raise InvalidRequest("the user agent holds a control character")
+    for key, value in options.env.items():
+        if not key or "=" in key:
+            raise InvalidRequest(f"not the name of an environment variable: {key!r}")
+        _check_no_nul("the environment", key + value)
+    for field in ("cookie_file", "netrc", "cacert", "cert", "key", "cwd"):
+        path = getattr(options, field)
+        if path is not None:
+            _check_no_nul("a path", path)
+            if not path.startswith("/"):
+                raise InvalidRequest(f"--{field.replace('_', '-')} must be an absolute path, not {path!r}")
+    if options.proxy is not None:
+        check_proxy(options.proxy)
+    if options.stall_timeout is not msgspec.UNSET and options.stall_timeout is not None and options.stall_timeout <= 0:
+        raise InvalidRequest("the stall timeout must be more than 0")
+    if options.window is not None:
+        parse_window(options.window)
+    if options.refresh_command is not None and not options.refresh_command:
+        raise InvalidRequest("the refresh command is empty")
+    return spec
+
+
+def _check_no_nul(what: str, text: str) -> None:
+    if "\0" in text:
+        raise InvalidRequest(f"{what} holds a NUL byte")
+
+
+_NO_OPTIONS = StreamOptions()
+_URL_ONLY = (
+    "headers",
+    "user_agent",
+    "cookie_file",
+    "netrc",
+    "proxy",
+    "cacert",
+    "cert",
+    "key",
+    "insecure",
+    "allow_private",
+    "refresh_command",
+)
+_COMMAND_ONLY = ("cwd", "env")
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # all but the tab
 
 
 def check_name(name: str) -> str:
@@ -122,7 +233,7 @@ def check_url(url: str) -> str:
     except ValueError as error:
         raise InvalidRequest(f"not a URL: {redact_url(url)!r} ({error})") from error
     if not parts.scheme:
-        raise InvalidRequest(f"not a URL: {url!r} (it starts with no scheme such as http:// or file://)")
+        raise InvalidRequest(f"not a URL: {redact_url(url)!r} (it starts with no scheme such as http:// or file://)")
     if parts.scheme.lower() not in URL_SCHEMES:
         known = ", ".join(sorted(URL_SCHEMES))
         raise InvalidRequest(f"streamfs cannot open {parts.scheme}: URLs, only {known}")
@@ -152,6 +263,27 @@ def redact_url(url: str) -> str:
         key + "=…" if "=" in pair else "…" for pair in parts.query.split("&") if pair for key in (pair.split("=")[0],)
     )
     return urlunsplit((parts.scheme, netloc, parts.path, query, "…" if parts.fragment else ""))
+
+
+def redact_text(text: str) -> str:
+    """`text` with every URL in it redacted as `redact_url` does."""
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", lambda match: redact_url(match[0]), text)
+
+
+PROXY_SCHEMES = frozenset({"http", "https", "socks4", "socks4a", "socks5", "socks5h"})
+
+
+def check_proxy(url: str) -> str:
+    """`url`, if it can be a proxy's. Raises InvalidRequest otherwise."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise InvalidRequest(f"not the URL of a proxy: {redact_url(url)!r} ({error})") from error
+    if parts.scheme.lower() not in PROXY_SCHEMES or not parts.hostname or re.search(r"[\x00-\x20\x7f]", url):
+        known = ", ".join(f"{scheme}://" for scheme in sorted(PROXY_SCHEMES))
+        raise InvalidRequest(f"not the URL of a proxy: {redact_url(url)!r} (one of {known} and a host)")
+    return url
 
 
 _SIZE_UNITS = {
@@ -186,3 +318,21 @@ def parse_duration(text: str) -> float:
     if match is None or match[2].lower() not in _DURATION_UNITS:
         raise InvalidRequest(f"not a duration: {text!r} (write 30s, 2h or plain seconds)")
     return float(match[1]) * _DURATION_UNITS[match[2].lower()]
+
+
+def parse_window(text: str) -> tuple[Literal["bytes"], int] | tuple[Literal["seconds"], float]:
+    """How much of the past "2GiB" (bytes) or "30m" (seconds) keeps. A plain number means bytes, and a small "m"
+    minutes. Raises InvalidRequest, also for 0."""
+    unit = text.strip().lstrip("0123456789.").strip()
+    if unit in ("ms", "s", "m", "h", "d"):
+        seconds = parse_duration(text)
+        if seconds > 0:
+            return "seconds", seconds
+    else:
+        try:
+            size = parse_size(text)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"not a window: {text!r} (write 2GiB or 30m)") from error
+        if size > 0:
+            return "bytes", size
+    raise InvalidRequest("the window must be more than 0")
