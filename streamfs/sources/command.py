@@ -25,7 +25,7 @@ import trio
 
 from streamfs.errors import Closed, CommandFailed, SourceChanged, SourceFailed, SourceStalled, StreamfsError
 from streamfs.sources.base import Facts
-from streamfs.spec import CommandSource, ShellSource, StreamSpec
+from streamfs.spec import DEFAULT_STALL_TIMEOUT, CommandSource, ShellSource, StreamSpec
 
 PIPE_BYTES = 1 << 20  # the kernel's default limit for a pipe of an ordinary user (/proc/sys/fs/pipe-max-size)
 STDERR_TAIL = 4096  # bytes kept of what the command says on standard error
@@ -63,16 +63,14 @@ class ProcessSource:
         if expect is not None:
             raise SourceChanged("a command's output cannot be continued by running it again")
         environment = os.environ | self._extra_environment
-        with trio.move_on_after(self._limit()):
+        patience = DEFAULT_STALL_TIMEOUT if self._stall_timeout is None else self._stall_timeout
+        with trio.move_on_after(patience):
             launcher, umask = await trio.to_thread.run_sync(
                 _prepare, self._argv, self._cwd, environment, abandon_on_cancel=True, limiter=self._threads
             )
             # No await from here on: a started process always has its body.
             return _start(self._argv, launcher, self._cwd, environment, umask, self._stall_timeout)
-        raise SourceStalled(f"the command {self._argv[0]!r} was not found within {self._stall_timeout:g} s")
-
-    def _limit(self) -> float:
-        return float("inf") if self._stall_timeout is None else self._stall_timeout
+        raise SourceStalled(f"the command {self._argv[0]!r} could not be looked up within {patience:g} s")
 
     async def probe(self) -> Facts:
         """Nothing can be known without running the command."""
@@ -92,7 +90,6 @@ class ProcessBody:
     def __init__(self, process: subprocess.Popen[bytes], stdout: int, stderr: int, stall_timeout: float | None) -> None:
         """Takes over the process (a session leader) and both descriptors (non-blocking read ends)."""
         self._process = process
-        self._name = "the command"
         self._stall_timeout = stall_timeout
         self._stdout = stdout
         self._stderr: int | None = stderr
