@@ -125,7 +125,7 @@ def from_json(data: bytes | str, kind: type[_T]) -> _T:
         try:
             return msgspec.convert(json.loads(data), kind)
         except (ValueError, RecursionError):  # json's and msgspec's own errors are both ValueErrors
-            raise InvalidRequest(f"not a valid {kind.__name__}: {error}") from error
+            raise InvalidRequest(f"not a valid {getattr(kind, '__name__', 'source')}: {error}") from error
 
 
 def check_spec(spec: StreamSpec) -> StreamSpec:

@@ -1,0 +1,425 @@
+"""The registered streams, on SQLite.
+
+One owner at a time: whoever opens a catalogue holds the lock of its home, and SQLite's own exclusive lock stands
+behind that. A rollback journal with synchronous=FULL: a method that has returned has its change on disk, and one that
+raises has changed nothing. Methods take well under a millisecond besides that fsync; they may be called from any
+thread, one at a time.
+
+Options rest here with their secrets (headers, URLs with passwords), so the file is 0600.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias, cast
+
+import msgspec
+
+from streamfs.errors import AlreadyExists, Busy, Damaged, InvalidRequest, NoSpace, NotFound, NotPermitted, StreamfsError
+from streamfs.sources.base import Facts
+from streamfs.spec import AnySource, StreamOptions, StreamSpec, check_name, check_spec, from_json, to_json
+
+FIRST_ID = 2  # ids become inodes, and 1 is the root of every FUSE mount
+_APPLICATION_ID = 0x73666373  # "sfcs", in the file's header
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (  # entry N takes schema version N to N + 1; never edit a released one
+    (
+        """
+        CREATE TABLE streams (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, whatever is removed
+            name BLOB NOT NULL UNIQUE,             -- bytes, as in a directory, parts joined by '/'
+            source TEXT NOT NULL,                  -- JSON
+            options TEXT NOT NULL,                 -- JSON
+            added REAL NOT NULL,                   -- seconds since the epoch
+            persist INTEGER NOT NULL DEFAULT 0,
+            size INTEGER,
+            mime TEXT,
+            validator TEXT,
+            modified REAL,
+            ranged INTEGER NOT NULL DEFAULT 0,
+            probed REAL,                           -- when the five columns above were learnt, NULL: never
+            facts_generation INTEGER NOT NULL DEFAULT 0
+        )
+        """,
+        f"INSERT INTO sqlite_sequence (name, seq) VALUES ('streams', {FIRST_ID - 1})",
+    ),
+)
+SCHEMA_VERSION = len(_MIGRATIONS)
+_COLUMNS = (
+    "id, name, source, options, added, persist, size, mime, validator, modified, ranged, probed, facts_generation"
+)
+_Row: TypeAlias = tuple[
+    int,
+    bytes,
+    str,
+    str,
+    float,
+    int,
+    int | None,
+    str | None,
+    str | None,
+    float | None,
+    int,
+    float | None,
+    int,
+]
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One registered stream. `id` is never given to another stream, removed or not: it can serve as the inode."""
+
+    id: int
+    spec: StreamSpec
+    added: float  # seconds since the epoch
+    persist: bool = False
+    facts: Facts | None = None  # what the source last said of itself; None: it was never asked
+    probed: float | None = None  # when it said so, in seconds since the epoch
+    facts_generation: int = 0  # counts the versions that were seen; 0: none yet
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+
+class Catalog:
+    """The catalogue in the file `path`, made if it is missing. `path`'s directory must be private."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises Damaged for a file that is no catalogue or is corrupt, InvalidRequest for one that a newer streamfs
+        wrote, Busy where another process has it open, NotPermitted where it is not ours."""
+        self.path = path
+        self._guard = threading.Lock()  # guards the connection: one transaction at a time
+        _secure_file(path)
+        with self._errors():
+            # Transactions are begun and ended here, not by the module's own guesses.
+            self._database = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file. Safe to call again; no other method may follow."""
+        with self._guard:
+            self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def all(self) -> list[Entry]:
+        """Every entry, in the order of the names' bytes. Raises Damaged if a row makes no sense."""
+        with self._guard, self._errors():
+            rows = self._database.execute(f"SELECT {_COLUMNS} FROM streams ORDER BY name").fetchall()
+        return [self._entry(row) for row in rows]
+
+    def get(self, name: str) -> Entry:
+        """The stream `name`. Raises NotFound."""
+        with self._guard, self._errors():
+            return self._named(name)
+
+    def by_id(self, stream_id: int) -> Entry:
+        """Raises NotFound."""
+        with self._guard, self._errors():
+            return self._numbered(stream_id)
+
+    @property
+    def count(self) -> int:
+        with self._guard, self._errors():
+            row = self._database.execute("SELECT count(*) FROM streams").fetchone()
+        return int(row[0])
+
+    # ── changing ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, spec: StreamSpec, replace: bool = False) -> Entry:
+        """Register a stream. With `replace` one of the same name gives way, id and all, unless it is the same stream
+        already, which then stays as it is. Raises AlreadyExists for a taken name, for a name that is a folder of
+        others and for one below a stream; InvalidRequest for what `check_spec` does not let pass."""
+        return self.add_many((spec,), replace)[0]
+
+    def add_many(self, specs: Iterable[StreamSpec], replace: bool = False) -> list[Entry]:
+        """`add` for many, all of them or none."""
+        checked = [check_spec(spec) for spec in specs]
+        now = time.time()
+        with self._transaction():
+            return [self._insert(spec, now, replace) for spec in checked]
+
+    def remove(self, names: Iterable[str]) -> list[Entry]:
+        """Forget the streams, all of them or none; gives what they were. Raises NotFound."""
+        with self._transaction():
+            entries = [self._named(name) for name in dict.fromkeys(names)]
+            self._database.executemany("DELETE FROM streams WHERE id = ?", [(entry.id,) for entry in entries])
+        return entries
+
+    def rename(self, old: str, new: str, replace: bool = False) -> list[Entry]:
+        """Give the stream, or every stream of the folder, `old` its new name; ids stay. Gives the changed entries.
+        With `replace`, a stream (never a folder) that has the name `new` is removed where `old` is a stream too.
+        Raises NotFound, AlreadyExists for a taken name, InvalidRequest for a name that cannot be or for a folder
+        moved into itself."""
+        check_name(new)
+        with self._transaction():
+            entry = self._find(old)
+            if entry is not None:
+                return self._rename_stream(entry, new, replace)
+            return self._rename_folder(old, new)
+
+    def set_persist(self, stream_id: int, on: bool) -> Entry:
+        """Raises NotFound."""
+        with self._transaction():
+            self._database.execute("UPDATE streams SET persist = ? WHERE id = ?", (on, stream_id))
+            return self._numbered(stream_id)
+
+    def remember(self, stream_id: int, facts: Facts, generation: int | None = None) -> Entry:
+        """Keep what the source says of itself now. `generation` sets `facts_generation`; None counts it up by one
+        if these facts are the first, or of another version (validator, or without one the size and time) than those
+        remembered. Raises NotFound."""
+        with self._transaction():
+            entry = self._numbered(stream_id)
+            if generation is None:
+                generation = entry.facts_generation + (not _same_version(entry.facts, facts))
+            self._database.execute(
+                "UPDATE streams SET size = ?, mime = ?, validator = ?, modified = ?, ranged = ?, probed = ?,"
+                " facts_generation = ? WHERE id = ?",
+                (
+                    facts.size,
+                    facts.mime,
+                    facts.validator,
+                    facts.modified,
+                    facts.ranged,
+                    time.time(),
+                    generation,
+                    stream_id,
+                ),
+            )
+            return self._numbered(stream_id)
+
+    # ── within a transaction ─────────────────────────────────────────────────────────────────────────────────
+
+    def _insert(self, spec: StreamSpec, now: float, replace: bool) -> Entry:
+        taken = self._find(spec.name)
+        if taken is not None:
+            if not replace:
+                raise AlreadyExists(f"a stream {spec.name!r} exists already: remove it first, or take another name")
+            if taken.spec == spec:
+                return taken
+            self._database.execute("DELETE FROM streams WHERE id = ?", (taken.id,))
+        self._check_place(spec.name)
+        cursor = self._database.execute(
+            "INSERT INTO streams (name, source, options, added) VALUES (?, ?, ?, ?)",
+            (_key(spec.name), to_json(spec.source).decode(), to_json(spec.options).decode(), now),
+        )
+        assert cursor.lastrowid is not None
+        return Entry(id=cursor.lastrowid, spec=spec, added=now)
+
+    def _rename_stream(self, entry: Entry, new: str, replace: bool) -> list[Entry]:
+        if new == entry.name:
+            return []
+        taken = self._find(new)
+        if taken is not None:
+            if not replace:
+                raise AlreadyExists(f"a stream {new!r} exists already")
+            self._database.execute("DELETE FROM streams WHERE id = ?", (taken.id,))
+        self._check_place(new)
+        self._database.execute("UPDATE streams SET name = ? WHERE id = ?", (_key(new), entry.id))
+        return [self._numbered(entry.id)]
+
+    def _rename_folder(self, old: str, new: str) -> list[Entry]:
+        low, high = _below(old)
+        inside = self._database.execute("SELECT id, name FROM streams WHERE name >= ? AND name < ?", (low, high))
+        moved = [(stream_id, new + _name(name)[len(old) :]) for stream_id, name in inside.fetchall()]
+        if not moved:
+            raise NotFound(f"no stream or folder {old!r}")
+        if new == old:
+            return []
+        if new.startswith(old + "/"):
+            raise InvalidRequest(f"the folder {old!r} cannot be moved into itself")
+        if self._find(new) is not None:
+            raise AlreadyExists(f"a stream {new!r} exists already")
+        self._check_place(new)
+        for _, name in moved:
+            check_name(name)
+        self._database.executemany("UPDATE streams SET name = ? WHERE id = ?", [(_key(n), i) for i, n in moved])
+        return [self._numbered(stream_id) for stream_id, _ in moved]
+
+    def _check_place(self, name: str) -> None:
+        """A name is a stream's or a folder's, never both."""
+        low, high = _below(name)
+        if self._database.execute("SELECT 1 FROM streams WHERE name >= ? AND name < ?", (low, high)).fetchone():
+            raise AlreadyExists(f"{name!r} is a folder of other streams")
+        parts = name.split("/")
+        for depth in range(1, len(parts)):
+            folder = "/".join(parts[:depth])
+            if self._database.execute("SELECT 1 FROM streams WHERE name = ?", (_key(folder),)).fetchone():
+                raise AlreadyExists(f"{folder!r} is a stream, so it cannot be the folder of {name!r}")
+
+    def _find(self, name: str) -> Entry | None:
+        row = self._database.execute(f"SELECT {_COLUMNS} FROM streams WHERE name = ?", (_key(name),)).fetchone()
+        return None if row is None else self._entry(row)
+
+    def _named(self, name: str) -> Entry:
+        entry = self._find(name)
+        if entry is None:
+            raise NotFound(f"no stream {name!r}")
+        return entry
+
+    def _numbered(self, stream_id: int) -> Entry:
+        row = self._database.execute(f"SELECT {_COLUMNS} FROM streams WHERE id = ?", (stream_id,)).fetchone()
+        if row is None:
+            raise NotFound(f"no stream with the id {stream_id}")
+        return self._entry(row)
+
+    def _entry(self, row: _Row) -> Entry:
+        """Raises Damaged where the row is none that this module wrote."""
+        stream_id, name, source, options, added, persist, size, mime, validator, modified, ranged, probed, count = row
+        try:
+            spec = StreamSpec(
+                name=check_name(_name(name)),
+                source=from_json(source, _SOURCE),
+                options=_NO_OPTIONS if options == "{}" else from_json(options, StreamOptions),
+            )
+        except (InvalidRequest, TypeError, AttributeError) as error:
+            raise Damaged(
+                f"row {stream_id} of the catalogue {self.path} is damaged ({error}): "
+                f"delete it with \"sqlite3 '{self.path}' 'DELETE FROM streams WHERE id = {stream_id}'\""
+            ) from error
+        facts = None if probed is None else Facts(size, bool(ranged), validator, mime, modified)
+        return Entry(
+            id=stream_id,
+            spec=spec,
+            added=added,
+            persist=bool(persist),
+            facts=facts,
+            probed=probed,
+            facts_generation=count,
+        )
+
+    # ── the file ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _prepare(self) -> None:
+        with self._errors():
+            self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._database.execute("PRAGMA synchronous = FULL")
+            self._database.execute("PRAGMA journal_mode = DELETE").fetchone()
+            # Takes the lock, plays back the journal of a writer that was killed, and reads the header.
+            self._database.execute("BEGIN EXCLUSIVE")
+            self._database.execute("COMMIT")
+            version = self._number("user_version")
+            tables = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if tables and self._number("application_id") != _APPLICATION_ID:
+                raise Damaged(f"{self.path} is a database, but no catalogue of streamfs: move it away")
+        if version > SCHEMA_VERSION:
+            raise InvalidRequest(
+                f"the catalogue {self.path} was written by a newer streamfs (schema {version}, this one knows "
+                f"{SCHEMA_VERSION}): use that one, or move the file away to start with an empty catalogue"
+            )
+        if version < SCHEMA_VERSION:
+            self._migrate(version)
+        with self._errors():
+            found = self._database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise self._damaged(found)
+
+    def _migrate(self, version: int) -> None:
+        with self._transaction():
+            for statements in _MIGRATIONS[version:]:
+                for statement in statements:
+                    self._database.execute(statement)
+            self._database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _number(self, pragma: str) -> int:
+        return int(self._database.execute(f"PRAGMA {pragma}").fetchone()[0])
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._guard, self._errors():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._database.execute("COMMIT")
+            except BaseException:
+                if self._database.in_transaction:  # SQLite itself rolls back on a full disk and its like
+                    self._database.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """SQLite's errors as ours, with what to do."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: sqlite3.DatabaseError) -> StreamfsError:
+        code: Any = getattr(error, "sqlite_errorcode", None)
+        match code and code & 0xFF:
+            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                return Busy(f"another program has the catalogue {self.path} open")
+            case sqlite3.SQLITE_FULL:
+                return NoSpace(f"no space left for the catalogue {self.path}: nothing was changed")
+            case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
+                return NotPermitted(f"cannot write the catalogue {self.path} ({error}): check its rights")
+            case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+                return self._damaged(str(error))
+        return StreamfsError(f"the catalogue {self.path} failed: {error}")
+
+    def _damaged(self, why: str) -> Damaged:
+        return Damaged(
+            f"the catalogue {self.path} is damaged ({why}): save what can be saved with "
+            f"\"sqlite3 '{self.path}' .recover\", or move the file away to start with an empty catalogue"
+        )
+
+
+_NO_OPTIONS = StreamOptions()
+_SOURCE = cast(type[AnySource], AnySource)  # msgspec takes unions, typing calls them no types
+
+
+def _secure_file(path: Path) -> None:
+    """Make `path`, empty and 0600, or see to it that it is an own file that nobody else can read or write."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        raise NotPermitted(f"cannot open the catalogue {path}: {error.strerror}") from error
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+            raise NotPermitted(f"the catalogue {path} is not a regular file of yours")
+        if stat.S_IMODE(info.st_mode) != 0o600:
+            os.fchmod(fd, 0o600)
+    finally:
+        os.close(fd)
+
+
+def _key(name: str) -> bytes:
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"the name {name!r} cannot be encoded as a file name") from error
+
+
+def _name(key: bytes) -> str:
+    return key.decode("utf-8", "surrogateescape")
+
+
+def _below(folder: str) -> tuple[bytes, bytes]:
+    """The names of everything in `folder`, as a half-open range of keys ("0" follows "/" in ASCII)."""
+    key = _key(folder)
+    return key + b"/", key + b"0"
+
+
+def _same_version(old: Facts | None, new: Facts) -> bool:
+    if old is None or old.validator != new.validator:
+        return False
+    return new.validator is not None or (old.size, old.modified) == (new.size, new.modified)
