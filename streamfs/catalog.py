@@ -72,7 +72,7 @@ _Row: TypeAlias = tuple[
 ]
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
+class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One registered stream. `id` is never given to another stream, removed or not: it can serve as the inode."""
 
     id: int

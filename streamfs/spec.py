@@ -1,15 +1,17 @@
 """What a stream is registered with: its name, its source and its options, each checked.
 
 Plain data (msgspec structs), shared by the command line, the control socket, the catalogue, manifests and the
-sources. Nothing here does I/O.
+sources. Nothing here does I/O. The structs are `gc=False`: they hold no cycles, and a hundred thousand of them would
+make every collection slow.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -22,19 +24,19 @@ NAME_BYTES = 4095  # PATH_MAX less its NUL
 DEFAULT_STALL_TIMEOUT = 60.0  # seconds, for URLs (docs/semantics.md)
 
 
-class UrlSource(msgspec.Struct, frozen=True, tag="url"):
+class UrlSource(msgspec.Struct, frozen=True, tag="url", gc=False):
     """Bytes of a URL. `url` may hold secrets: show it only through `redact_url`."""
 
     url: str
 
 
-class CommandSource(msgspec.Struct, frozen=True, tag="command"):
+class CommandSource(msgspec.Struct, frozen=True, tag="command", gc=False):
     """Standard output of a command; `argv` is run as it is, without a shell."""
 
     argv: tuple[str, ...]
 
 
-class ShellSource(msgspec.Struct, frozen=True, tag="shell"):
+class ShellSource(msgspec.Struct, frozen=True, tag="shell", gc=False):
     """Standard output of one line given to /bin/sh -c."""
 
     line: str
@@ -43,7 +45,9 @@ class ShellSource(msgspec.Struct, frozen=True, tag="shell"):
 AnySource = UrlSource | CommandSource | ShellSource
 
 
-class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class StreamOptions(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, gc=False
+):
     """Options of one stream, as given with `streamfs add`. Paths are absolute once registered."""
 
     size: Annotated[int, msgspec.Meta(ge=0)] | None = None  # declared length in bytes
@@ -68,7 +72,7 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     refresh_command: tuple[str, ...] | None = None
 
 
-class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
+class StreamSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One registered stream: name, source, options."""
 
     name: str
@@ -117,10 +121,16 @@ def to_json(value: Any) -> bytes:
         return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode("ascii")
 
 
+@functools.cache  # making one costs several times a short decoding
+def _decoder(kind: Any) -> Any:
+    return msgspec.json.Decoder(kind)
+
+
 def from_json(data: bytes | str, kind: type[_T]) -> _T:
     """The value of type `kind` that `to_json` wrote. Raises InvalidRequest where it is not one."""
     try:
-        return msgspec.json.decode(data, type=kind)
+        decoder: msgspec.json.Decoder[_T] = _decoder(cast(Any, kind))
+        return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         try:
             return msgspec.convert(json.loads(data), kind)
