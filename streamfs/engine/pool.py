@@ -62,6 +62,11 @@ class Pool:
         if self.on_give is not None:
             self.on_give()
 
+    def take_fails(self) -> bool:
+        """Whether no LARGE piece can be had now."""
+        with self._lock:
+            return not self._free[LARGE] and self._used + LARGE > self.budget
+
     def trim(self) -> None:
         """Return all idle memory to the system."""
         with self._lock:

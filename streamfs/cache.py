@@ -1,0 +1,360 @@
+"""What is kept and what goes: the memory budget, the disk quota, least recently used first, time to live, persist.
+
+One task (`Cache.run`) moves bytes from memory to disk and evicts; everybody else only asks it (`grew`, `memory`).
+Everything here runs in the trio thread; disk work goes to worker threads of its own limiter.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from streamfs.engine.buffer import SPILL_BATCH, Buffer
+from streamfs.engine.pool import Pool
+from streamfs.engine.recording import Header, Recording, unlink_recording
+from streamfs.errors import NoSpace
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 32 * 1024 * 1024
+"""Bytes one stream may hold in memory past the spill threshold while the disk catches up: a guess at what smooths
+a disk's pauses without starving other streams of memory."""
+FREE_FLOOR = 64 * 1024 * 1024
+"""Bytes the cache leaves free on its file system, so that it is never the one that fills the disk to the brim."""
+_TTL_CHECKS = 4  # per time to live
+_DATA_NAME = re.compile(r"(\d+)-(\d+)\.data")
+
+
+class Cached(Protocol):
+    """A generation, as the cache needs to know it."""
+
+    stream_id: int
+    number: int
+    buffer: Buffer
+    used: float
+    """When it was last read, by time.monotonic()."""
+
+    @property
+    def header(self) -> Header: ...
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a handle or a persisting fetch holds it."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the user asked to persist it."""
+
+    def drop(self) -> None:
+        """Forget it: close its buffer and let go of it."""
+
+
+@dataclass(slots=True)
+class _Dormant:
+    """A recording of an earlier run that nobody has opened yet."""
+
+    path: Path
+    bytes: int
+    used: float
+
+
+class Cache:
+    """All cached bytes of one daemon. `directory` must exist and be private."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        memory: int,
+        spill_threshold: int,
+        size: int | None,
+        ttl: float,
+        is_kept: Callable[[int], bool],
+    ) -> None:
+        """`memory`, `spill_threshold`, `size` in bytes (size None: as much as the disk has), `ttl` in seconds.
+        `is_kept` tells whether a stream, by id, is persisted."""
+        self.directory = directory
+        self.spill_threshold = spill_threshold
+        self.size = size
+        self.ttl = ttl
+        self.disk_error: str | None = None
+        """Why the cache directory cannot take bytes now; None while it can."""
+        self.pool = Pool(memory, on_give=self._gave)
+        self._is_kept = is_kept
+        self._generations: dict[Cached, int] = {}  # with the bytes each takes on disk
+        self._dormant: dict[int, _Dormant] = {}
+        self._wanted = trio.Event()  # wakes `run`
+        self._moved = trio.Event()  # wakes who waits for memory; replaced at each use
+        self._stuck = 0  # counts passes of `run` that found nothing to move for those who wait
+        self._waiting = 0  # fetches that wait for memory
+        self._threads = trio.CapacityLimiter(2)
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    # Members
+
+    def scan(self, known: Iterable[int]) -> None:
+        """Find the recordings of earlier runs; remove those of streams that are not `known`. Blocks; raises OSError."""
+        ids = set(known)
+        newest: dict[int, tuple[int, Path]] = {}
+        for entry in os.scandir(self.directory):
+            match = _DATA_NAME.fullmatch(entry.name)
+            if match is None:
+                continue
+            stream_id, number = int(match[1]), int(match[2])
+            path = Path(entry.path)
+            older = newest.get(stream_id)
+            if stream_id not in ids:
+                unlink_recording(path)
+            elif older is None or number > older[0]:
+                newest[stream_id] = (number, path)
+                if older is not None:
+                    unlink_recording(older[1])
+            else:
+                unlink_recording(path)
+        now, wall = time.monotonic(), time.time()
+        for stream_id, (_, path) in newest.items():
+            info = path.stat()
+            self._dormant[stream_id] = _Dormant(path, info.st_blocks * 512, now - max(0.0, wall - info.st_mtime))
+
+    def has_dormant(self, stream_id: int) -> bool:
+        return stream_id in self._dormant
+
+    async def wake_dormant(self, stream_id: int, key: str) -> Recording | None:
+        """The recording an earlier run left for the stream, if it is of the source `key`; it is the caller's now."""
+        dormant = self._dormant.pop(stream_id, None)
+        if dormant is None:
+            return None
+        try:
+            recording = await trio.to_thread.run_sync(Recording.load, dormant.path, limiter=self._threads)
+            if recording is None or recording.header.key != key:
+                unlink_recording(dormant.path)
+                return None
+        except OSError as error:
+            log.warning("cannot read the recording %s: %s", dormant.path, error)
+            return None
+        return recording
+
+    def forget_dormant(self, stream_id: int) -> None:
+        dormant = self._dormant.pop(stream_id, None)
+        if dormant is not None:
+            _unlink(dormant.path)
+
+    def enter(self, generation: Cached) -> None:
+        """Look after a generation's bytes from now on."""
+        self._generations[generation] = _disk_bytes(generation)
+
+    def leave(self, generation: Cached, *, unlink: bool = True) -> None:
+        """The generation is gone; its recording too, unless another run shall find it."""
+        self._generations.pop(generation, None)
+        recording = generation.buffer.recording
+        if unlink and recording is not None and recording.path is not None:
+            _unlink(recording.path)
+
+    @property
+    def disk_used(self) -> int:
+        """Bytes on disk of everything that may be evicted."""
+        loaded = sum(size for generation, size in self._generations.items() if not generation.kept)
+        return loaded + sum(d.bytes for stream_id, d in self._dormant.items() if not self._is_kept(stream_id))
+
+    # What fetches ask
+
+    def grew(self, generation: Cached) -> None:
+        """Call after a fetch brought bytes: starts spilling past the threshold."""
+        if generation.buffer.memory > self.spill_threshold:
+            self._wanted.set()
+
+    async def ready(self, generation: Cached) -> None:
+        """Wait while the generation's backlog of bytes to spill is too long. Ends when the disk has caught up, or has
+        turned out not to take more."""
+        limit = self.spill_threshold + BACKLOG
+        while generation.buffer.memory > limit and self.disk_error is None:
+            await self._wait_for_move()
+
+    async def memory(self, generation: Cached) -> None:
+        """Wait until the pool may have a piece again. Raises NoSpace when nothing can be moved or dropped."""
+        self._waiting += 1
+        try:
+            if await self._wait_for_move():
+                reason = self.disk_error or "everything in memory is in use"
+                raise NoSpace(f"no room for more bytes of this stream: {reason}")
+        finally:
+            self._waiting -= 1
+
+    async def _wait_for_move(self) -> bool:
+        """Wait until something was moved; True: `run` found that nothing can be."""
+        stuck = self._stuck
+        self._wanted.set()
+        await self._moved.wait()
+        return self._stuck != stuck
+
+    def _gave(self) -> None:
+        # The pool calls this from whichever thread gave a piece back.
+        if self._token is not None:
+            self._token.run_sync_soon(self._announce, idempotent=True)
+
+    def _announce(self) -> None:
+        moved, self._moved = self._moved, trio.Event()
+        moved.set()
+
+    async def settle(self, generation: Cached) -> None:
+        """Write all of a complete generation to disk and make it durable. Raises NoSpace."""
+        try:
+            self._give_recording(generation)
+            await trio.to_thread.run_sync(generation.buffer.settle_for_good, limiter=self._threads)
+        except OSError as error:
+            self._disk_failed(error)
+            raise NoSpace(f"cannot keep the stream in {self.directory}: {error.strerror}") from error
+        finally:
+            self._measure(generation)
+
+    # The one task
+
+    async def run(self) -> None:
+        """Move bytes to disk as memory asks for it; evict what has outlived its time. Runs until cancelled."""
+        self._token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._expire)
+            while True:
+                await self._wanted.wait()
+                self._wanted = trio.Event()
+                try:
+                    await self._make_room()
+                except Exception:
+                    # A defect here must end neither the daemon nor the wait of whoever asked for memory.
+                    log.exception("making room failed in an unforeseen way")
+                    self._stuck += 1
+                    self._announce()
+
+    async def _make_room(self) -> None:
+        tried: set[Cached] = set()
+        while True:
+            generation = self._heaviest(tried)
+            if generation is None:
+                break
+            if not await self._shrink(generation):
+                tried.add(generation)
+            self._announce()
+        if self._waiting and not self._evict_memory():
+            self._stuck += 1
+        self._announce()
+
+    def _heaviest(self, tried: set[Cached]) -> Cached | None:
+        """Who gives memory next: the one with the most, if it is past its threshold or somebody waits for memory."""
+        floor = 0 if self._waiting and self.pool.take_fails() else self.spill_threshold
+        candidates = [g for g in self._generations if g not in tried and g.buffer.memory > floor]
+        return max(candidates, key=lambda g: g.buffer.memory, default=None)
+
+    async def _shrink(self, generation: Cached) -> bool:
+        """Move some of the generation's bytes out of memory; False where none could be."""
+        if self._admit(generation):
+            try:
+                self._give_recording(generation)
+                pressed = bool(self._waiting) and self.pool.take_fails()
+                moved = await trio.to_thread.run_sync(self._spill, generation.buffer, pressed, limiter=self._threads)
+                self.disk_error = None
+                return moved > 0
+            except OSError as error:
+                self._disk_failed(error)
+            finally:
+                self._measure(generation)
+        return generation.buffer.forget_memory() > 0
+
+    @staticmethod
+    def _spill(buffer: Buffer, pressed: bool) -> int:
+        return buffer.spill() or (buffer.spill(all_of_it=True) if pressed else 0)
+
+    def _give_recording(self, generation: Cached) -> None:
+        if generation.buffer.recording is None and not generation.buffer.doomed:
+            path = self.directory / f"{generation.stream_id}-{generation.number}.data"
+            generation.buffer.record(Recording.create(path, generation.header))
+
+    def _admit(self, generation: Cached) -> bool:
+        """Make the quota and the disk have room for one more step of spilling, evicting if need be."""
+        if generation.buffer.doomed:
+            return False
+        step = min(generation.buffer.memory, SPILL_BATCH)
+        while not self._fits(step, counted=not generation.kept):
+            if not self._evict_one(besides=generation):
+                self.disk_error = self.disk_error or "the cache is full and nothing in it can go"
+                return False
+        return True
+
+    def _fits(self, step: int, *, counted: bool) -> bool:
+        if counted and self.size is not None and self.disk_used + step > self.size:
+            return False
+        try:
+            disk = os.statvfs(self.directory)
+        except OSError:
+            return True  # writing will tell what is wrong
+        return disk.f_bavail * disk.f_frsize - step >= FREE_FLOOR
+
+    def _evict_one(self, besides: Cached | None = None) -> bool:
+        """Drop what was not used for longest, of what takes disk and may go. False: there is nothing."""
+        loaded = [
+            g for g, size in self._generations.items() if size and g is not besides and not g.in_use and not g.kept
+        ]
+        oldest = min(loaded, key=lambda g: g.used, default=None)
+        dormant = [(d.used, i) for i, d in self._dormant.items() if not self._is_kept(i)]
+        sleeper = min(dormant, default=None)
+        if oldest is not None and (sleeper is None or oldest.used <= sleeper[0]):
+            oldest.drop()
+            return True
+        if sleeper is not None:
+            self.forget_dormant(sleeper[1])
+            return True
+        return False
+
+    def _evict_memory(self) -> bool:
+        """Drop a whole unused generation for its memory. False: there is none."""
+        loaded = [g for g in self._generations if g.buffer.memory and not g.in_use and not g.kept]
+        oldest = min(loaded, key=lambda g: g.used, default=None)
+        if oldest is not None:
+            oldest.drop()
+        return oldest is not None
+
+    def _measure(self, generation: Cached) -> None:
+        if generation in self._generations:
+            self._generations[generation] = _disk_bytes(generation)
+
+    def _disk_failed(self, error: OSError) -> None:
+        text = f"the cache directory {self.directory} cannot be written: {error.strerror or error}"
+        if text != self.disk_error:
+            log.error("%s", text)
+        self.disk_error = text
+        if error.errno == errno.ENOSPC:
+            self._evict_one()
+
+    async def _expire(self) -> None:
+        while True:
+            await trio.sleep(max(self.ttl / _TTL_CHECKS, 0.1))
+            self.expire(time.monotonic() - self.ttl)
+
+    def expire(self, before: float) -> None:
+        """Drop everything unused since `before` (time.monotonic()) that nobody holds and nobody asked to keep."""
+        for generation in list(self._generations):
+            if generation.used < before and not generation.in_use and not generation.kept:
+                generation.drop()
+        for stream_id, dormant in list(self._dormant.items()):
+            if dormant.used < before and not self._is_kept(stream_id):
+                self.forget_dormant(stream_id)
+
+
+def _disk_bytes(generation: Cached) -> int:
+    recording = generation.buffer.recording
+    return 0 if recording is None else recording.disk_bytes
+
+
+def _unlink(path: Path) -> None:
+    try:
+        unlink_recording(path)
+    except OSError as error:
+        log.warning("cannot remove %s: %s", path, error)

@@ -1,0 +1,152 @@
+"""Which fetches the readers of one generation need. Decisions only: no I/O, no clock, no tasks.
+
+A fetch is a cursor that brings bytes in order from where it started; `limit` says how far it may go now, and it
+rests (backpressure) when it gets there. One-way sources have one fetch, from 0. Ranged sources have one per place
+where somebody reads: a reader that waits far from every cursor gets a new one, a reader a little ahead of a cursor
+waits for it to read through the gap.
+
+How far a fetch goes ahead of its reader starts small, so that a first byte or a far seek costs little, and doubles
+whenever the reader has caught up with it, up to the read-ahead (as mountpoint-s3 does).
+"""
+
+from __future__ import annotations
+
+FIRST_AHEAD = 128 * 1024
+"""Bytes of the first request at a place: the kernel's default read-ahead, which is what one read call brings here."""
+OPEN_ENDED = 4 * 1024 * 1024
+"""From this read-ahead on, a request asks for everything up to the end: a reader that got here reads on."""
+MOST_FETCHES = 8
+"""Cursors of one generation at a time: a guess at how many places a program reads at once."""
+LEAST_GAP, MOST_GAP = 64 * 1024, 4 * 1024 * 1024
+"""Bounds, in bytes, of the gap that is read through rather than asked for anew."""
+
+
+class Fetch:
+    """One cursor. INVARIANT: start <= position; it has brought, or skipped as present, start..position."""
+
+    __slots__ = ("ahead", "limit", "position", "start")
+
+    def __init__(self, start: int, limit: int | None, ahead: int) -> None:
+        self.start = start
+        self.position = start
+        self.limit = limit  # None: as far as there are bytes
+        self.ahead = ahead
+
+    @property
+    def resting(self) -> bool:
+        """Whether it has brought what it may."""
+        return self.limit is not None and self.position >= self.limit
+
+    def window(self) -> int | None:
+        """Where the next request of a ranged source should end; None: open-ended."""
+        if self.limit is None or self.ahead >= OPEN_ENDED:
+            return None
+        return max(self.limit, self.position + 1)
+
+
+class FetchPlan:
+    """The fetches of one generation."""
+
+    def __init__(self, *, ranged: bool, read_ahead: int) -> None:
+        self.ranged = ranged
+        self.read_ahead = max(read_ahead, FIRST_AHEAD)
+        self.fetches: list[Fetch] = []
+        self.greedy = False
+        """Everything is wanted, whatever readers do (persist): limits are off."""
+        self._gap = LEAST_GAP
+
+    def first(self) -> Fetch:
+        """The fetch of an opening request, from 0."""
+        return self._start(0, FIRST_AHEAD)
+
+    def demand(self, missing: int, stop: int) -> Fetch | None:
+        """A reader waits for `missing`..stop. A new Fetch is to be run; None: one under way will do, or, where all
+        MOST_FETCHES are busy, the reader asks again when one has ended."""
+        near = self._nearest(missing)
+        if near is not None:
+            if near.position - near.start >= near.ahead:
+                near.ahead = min(near.ahead * 2, self.read_ahead)
+            self._allow(near, stop)
+            return None
+        if self.crowded:
+            return None
+        return self._start(missing if self.ranged else 0, stop)
+
+    def follow(self, stop: int, front: int) -> Fetch | None:
+        """A reader has got everything up to `stop`, and bytes are there, unbroken, up to `front`: the fetch that
+        stands at `front` may go on ahead of it. Returns that fetch, if there is one."""
+        for fetch in self.fetches:
+            if fetch.position == front or (not self.ranged and front <= fetch.position):
+                if fetch.position - fetch.start >= 4 * fetch.ahead:
+                    fetch.ahead = min(fetch.ahead * 2, self.read_ahead)  # it is read on and on
+                self._allow(fetch, stop)
+                return fetch
+        return None
+
+    def spare(self) -> Fetch | None:
+        """A resting fetch that may be ended to make place for another; the one that rests longest. None where all
+        are busy or there is place."""
+        if not self.crowded:
+            return None
+        return next((fetch for fetch in self.fetches if fetch.resting), None)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there is no place for another fetch."""
+        return len(self.fetches) >= MOST_FETCHES
+
+    def release(self) -> None:
+        """No reader is left: what is not greedy goes no further than where it is."""
+        if not self.greedy:
+            for fetch in self.fetches:
+                fetch.limit = fetch.position
+
+    def want_all(self) -> None:
+        """Everything is wanted from now on."""
+        self.greedy = True
+        for fetch in self.fetches:
+            fetch.limit = None
+            fetch.ahead = self.read_ahead
+
+    def want_no_more(self) -> None:
+        """`want_all` is over: readers rule again."""
+        self.greedy = False
+        for fetch in self.fetches:
+            fetch.limit = fetch.position
+
+    def ended(self, fetch: Fetch) -> None:
+        self.fetches.remove(fetch)
+
+    def measured(self, latency: float, rate: float) -> None:
+        """A request took `latency` seconds to its first byte, and bytes then came at `rate` bytes a second: reading
+        through a gap is as good as asking anew while it takes no longer."""
+        self._gap = int(min(max(latency * rate, LEAST_GAP), MOST_GAP))
+
+    def _start(self, start: int, stop: int) -> Fetch:
+        ahead = FIRST_AHEAD if self.ranged and not self.greedy else self.read_ahead
+        fetch = Fetch(start, None, ahead)
+        self._allow_at_least(fetch, stop)
+        self.fetches.append(fetch)
+        return fetch
+
+    def _nearest(self, missing: int) -> Fetch | None:
+        """The fetch that will bring `missing` soonest, if any will soon enough."""
+        if not self.ranged:
+            return self.fetches[0] if self.fetches else None
+        before = [f for f in self.fetches if f.position <= missing and missing - f.position <= self._gap]
+        return max(before, key=_position, default=None)
+
+    def _allow(self, fetch: Fetch, stop: int) -> None:
+        if self.greedy:
+            fetch.limit = None
+        elif fetch.limit is not None:
+            # INVARIANT: a fetch is allowed at most its read-ahead past the furthest reader.
+            fetch.limit = max(fetch.limit, stop + (fetch.ahead if fetch.position > fetch.start else 0))
+
+    def _allow_at_least(self, fetch: Fetch, stop: int) -> None:
+        if not self.greedy:
+            fetch.limit = max(stop, fetch.start + fetch.ahead)
+
+
+def _position(fetch: Fetch) -> int:
+    return fetch.position

@@ -1,0 +1,359 @@
+"""One version of a stream's bytes: its buffer, and the fetches that fill it.
+
+Everything here runs in the trio thread, so a check and the update that follows it are atomic unless an await stands
+between them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import msgspec
+import trio
+
+from streamfs.cache import Cache
+from streamfs.catalog import Entry
+from streamfs.engine.buffer import Buffer, Writer
+from streamfs.engine.fetches import Fetch, FetchPlan
+from streamfs.engine.pool import LARGE
+from streamfs.engine.recording import Header, Recording
+from streamfs.errors import SourceChanged, SourceFailed, SourceStalled, StreamfsError
+from streamfs.sources.base import Body, Facts, Source
+
+log = logging.getLogger(__name__)
+
+LINGER = 1.0
+"""Seconds a fetch that nobody needs is kept for a reader that comes back (players reopen)."""
+IDLE = 5.0
+"""Seconds a resting fetch of a ranged source keeps its connection for a reader that has the stream open."""
+_COMPARE = 64 * 1024  # bytes at a time, when a restarted one-way source is compared with what is there
+
+State = Literal["idle", "live", "paused", "complete", "failed"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all streams of a daemon share."""
+
+    nursery: trio.Nursery
+    cache: Cache
+    read_ahead: int  # bytes
+    remember: Callable[[int, Facts], None]
+    """Told (stream id, facts) whenever a source said something new; must not block."""
+
+
+class Owner(Protocol):
+    """The stream that a generation belongs to."""
+
+    entry: Entry
+    source: Source
+    context: Context
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def is_url(self) -> bool: ...
+
+    def changed(self, generation: Generation, why: SourceChanged) -> None: ...
+
+    def let_go(self, generation: Generation) -> None: ...
+
+
+class Generation:
+    """One version of a stream's bytes. Followed by the cache (`streamfs.cache.Cached`)."""
+
+    def __init__(self, stream: Owner, number: int, facts: Facts, recording: Recording | None = None) -> None:
+        self._stream = stream
+        self._context = stream.context
+        self.stream_id = stream.entry.id
+        self.number = number
+        self.facts = facts
+        self.buffer = Buffer(self._context.cache.pool, size=facts.size, recording=recording)
+        self.buffer.refetchable = facts.ranged
+        self.settled = recording is not None and self.buffer.complete
+        """Complete, on disk and durable."""
+        self.plan = FetchPlan(ranged=facts.ranged, read_ahead=self._context.read_ahead)
+        self.handles = 0
+        self.used = time.monotonic()
+        self.validated = time.monotonic()
+        self.exit_status: int | None = None
+        self.stderr_tail = ""
+        self.end_proven = True
+        self._latency = 0.0  # seconds the last request took to its reply
+        self._end_probe = memoryview(bytearray(1))  # where a byte past the declared end would land
+        self._scopes: dict[Fetch, trio.CancelScope] = {}
+        self._allowed: dict[Fetch, trio.Event] = {}  # wakes a resting fetch when its limit moved
+
+    # What the cache asks
+
+    @property
+    def header(self) -> Header:
+        facts = msgspec.Raw(msgspec.json.encode(self.facts))
+        return Header(key=self._stream.key, generation=self.number, facts=facts)
+
+    @property
+    def in_use(self) -> bool:
+        return self.handles > 0 or self.plan.greedy
+
+    @property
+    def kept(self) -> bool:
+        return self._stream.entry.persist
+
+    def drop(self) -> None:
+        self._stream.let_go(self)
+
+    # What readers do
+
+    async def read(self, offset: int, size: int) -> memoryview:
+        """As Buffer.read_async; bytes are fetched as they are needed."""
+        self.used = time.monotonic()
+        view = await self.buffer.read_async(offset, size, self.demand)
+        self._follow(offset + len(view))
+        return view
+
+    def demand(self, missing: int, stop: int) -> None:
+        """A reader waits for missing..stop: see to it that a fetch brings them."""
+        self.used = time.monotonic()
+        fetch = self.plan.demand(missing, stop)
+        if fetch is None:
+            spare = self.plan.spare()
+            if spare is not None:
+                self._cancel(spare)  # its end wakes the readers, and they demand again
+        elif fetch not in self._scopes:
+            self._run(fetch)
+        self._ring()
+
+    def _follow(self, stop: int) -> None:
+        if self.plan.fetches:
+            front = self.buffer.available(stop, 1 << 62) + stop
+            if self.plan.follow(stop, front) is not None:
+                self._ring()
+
+    def released(self) -> None:
+        """The last handle was closed: fetches stop where they are, and end unless somebody comes back."""
+        self.plan.release()
+        self._ring()
+
+    async def fetch_all(self, progress_within: float | None = None) -> None:
+        """Bring every byte up to the end. Raises the stream's failure, and SourceStalled where nothing arrives for
+        `progress_within` seconds."""
+        self.plan.want_all()
+        self._ring()
+        try:
+            while True:
+                gap = self.buffer.first_gap(0)
+                if gap is None:
+                    return
+                with trio.move_on_after(progress_within or float("inf")) as patience:
+                    # Whoever counts seconds looks at each arrival; otherwise one wake per piece is enough.
+                    await self.buffer.wait_async(gap, 1 if progress_within else LARGE, self.demand)
+                if patience.cancelled_caught:
+                    raise SourceStalled(f"nothing arrived for {progress_within:g} s")
+        finally:
+            self.plan.want_no_more()
+            self._ring()
+
+    # Fetching
+
+    def begin(self, body: Body) -> None:
+        """Use the body of an opening request, which starts at 0."""
+        self._run(self.plan.first(), body)
+
+    def _run(self, fetch: Fetch, body: Body | None = None) -> None:
+        self._scopes[fetch] = trio.CancelScope()
+        self._context.nursery.start_soon(self._guarded, fetch, body)
+
+    async def _guarded(self, fetch: Fetch, body: Body | None) -> None:
+        """The one place where a fetch ends, whatever happened in it: no exception goes further than its stream."""
+        error: StreamfsError | None = None
+        try:
+            with self._scopes[fetch]:
+                await self._fetch(fetch, body)
+        except SourceChanged as change:
+            error = change
+            self._stream.changed(self, change)
+        except StreamfsError as failure:
+            error = failure
+        except Exception as bug:
+            log.exception("a fetch of stream %d failed in an unforeseen way", self.stream_id)
+            error = SourceFailed(f"internal error: {bug!r} (see the log)")
+        finally:
+            self._scopes.pop(fetch)
+            self._allowed.pop(fetch, None)
+            self.plan.ended(fetch)
+            if error is not None and not self.buffer.doomed:
+                self.buffer.fail(error)
+            else:
+                self.buffer.wake_all()  # those that this fetch was to serve ask for another
+
+    async def _fetch(self, fetch: Fetch, body: Body | None) -> None:
+        try:
+            while True:
+                if body is None:
+                    if not await self._may_go_on(fetch):
+                        return
+                    gap = self.buffer.first_gap(fetch.position)
+                    if gap is None:
+                        return
+                    if self.facts.ranged:
+                        fetch.position = gap
+                    body = await self._open(fetch)
+                finished = await self._drain(fetch, body)
+                if finished:
+                    return
+                await body.aclose()
+                body = None
+        finally:
+            if body is not None:
+                self._note_exit(body)
+                with trio.CancelScope(shield=True):
+                    await body.aclose()
+
+    async def _open(self, fetch: Fetch) -> Body:
+        began = time.monotonic()
+        facts = self.facts
+        if facts.ranged:
+            window = fetch.window()
+            stop = window if window is None or facts.size is None else min(window, facts.size)
+            body = await self._stream.source.open(fetch.position, stop, facts)
+            if body.start != fetch.position:
+                with trio.CancelScope(shield=True):
+                    await body.aclose()
+                raise SourceChanged("the source no longer serves ranges")
+        else:
+            expect = facts if self._stream.is_url and self.buffer.buffered else None
+            body = await self._stream.source.open(0, None, expect)
+        self.validated = time.monotonic()
+        self._latency = self.validated - began
+        return body
+
+    async def _drain(self, fetch: Fetch, body: Body) -> bool:
+        """Move the body's bytes into the buffer. True: this fetch has nothing more to do; False: the body ended where
+        its range ended, and another may follow."""
+        if body.start < fetch.position or (not self.facts.ranged and self.buffer.available(0, 1)):
+            await self._compare(fetch, body)
+        writer = self.buffer.writer(fetch.position)
+        try:
+            return await self._pump(fetch, body, writer)
+        finally:
+            writer.close()
+
+    async def _pump(self, fetch: Fetch, body: Body, writer: Writer) -> bool:
+        cache, buffer = self._context.cache, self.buffer
+        began, first = time.monotonic(), writer.position
+        while True:
+            if self.facts.ranged and writer.met and not self._at_size(writer):
+                return False  # somebody else brought what follows
+            if fetch.resting and not self._at_size(writer) and not await self._may_go_on(fetch):
+                return True
+            if buffer.memory > cache.spill_threshold:
+                cache.grew(self)
+                await cache.ready(self)
+            view = self._end_probe if self._at_size(writer) else writer.room()
+            if view is None:
+                await cache.memory(self)
+                continue
+            if fetch.limit is not None:
+                view = view[: max(1, fetch.limit - fetch.position)]
+            count = await body.receive_into(view)
+            if count == 0:
+                self._measure(writer.position - first, time.monotonic() - began)
+                return self._body_ended(fetch, body, writer)
+            if view is self._end_probe or self._at_size(writer):
+                raise SourceFailed(f"the source sent more than the {buffer.size} bytes it had declared")
+            writer.wrote(count)
+            fetch.position = writer.position
+
+    def _at_size(self, writer: Writer) -> bool:
+        """Whether all declared bytes of a one-way body are in, so that only its end is still to be seen."""
+        return self.buffer.size is not None and writer.position >= self.buffer.size
+
+    def _body_ended(self, fetch: Fetch, body: Body, writer: Writer) -> bool:
+        size = self.buffer.size
+        if self.facts.ranged and size is not None and writer.position < size:
+            return False
+        if size is not None and writer.position < size:
+            raise SourceFailed(f"the source ended at byte {writer.position} of {size}")
+        self.end_proven = body.end_proven
+        self.buffer.ended(writer.position)
+        return True
+
+    async def _compare(self, fetch: Fetch, body: Body) -> None:
+        """A one-way source was started again: what it sends anew must be what is there."""
+        position = body.start
+        scratch = memoryview(bytearray(_COMPARE))
+        while (here := self.buffer.available(position, _COMPARE)) > 0:
+            count = await body.receive_into(scratch[:here])
+            if count == 0:
+                raise SourceChanged(f"the source ended at byte {position}, before what it had sent earlier")
+            known = await self.buffer.read_async(position, count)
+            if known.tobytes() != scratch[:count].tobytes():
+                raise SourceChanged(f"the source sent other bytes than before, from byte {position} on")
+            position += count
+        fetch.position = position
+
+    async def _may_go_on(self, fetch: Fetch) -> bool:
+        """Wait while the fetch rests. False: it rested too long, and its connection is wanted no more."""
+        if fetch.resting and self.plan.crowded:
+            self.buffer.wake_all()  # a reader that found every fetch busy can have this one's place
+        while fetch.resting:
+            event = self._allowed[fetch] = trio.Event()
+            patience = self._patience()
+            with trio.move_on_after(patience):
+                await event.wait()
+                continue
+            if fetch.resting and self._patience() <= patience:
+                return False
+        return True
+
+    def _patience(self) -> float:
+        """Seconds a fetch may rest. A command's run cannot be had again, and an open one-way URL not without reading
+        all of it anew: those are kept."""
+        if self.facts.ranged:
+            return IDLE if self.handles else LINGER
+        if self.handles or not self._stream.is_url:
+            return float("inf")
+        return IDLE
+
+    def _ring(self) -> None:
+        for fetch, event in self._allowed.items():
+            if not fetch.resting or not self.handles:
+                event.set()
+
+    def _measure(self, count: int, seconds: float) -> None:
+        if count >= _COMPARE and seconds > 0:
+            self.plan.measured(self._latency, count / seconds)
+
+    def _note_exit(self, body: Body) -> None:
+        status = getattr(body, "exit_status", None)
+        if status is not None:
+            self.exit_status = status
+        self.stderr_tail = getattr(body, "stderr_tail", "") or self.stderr_tail
+
+    def _cancel(self, fetch: Fetch) -> None:
+        self._scopes[fetch].cancel()
+
+    def stop(self, error: StreamfsError) -> None:
+        """End every fetch; no byte can be read any more."""
+        self.buffer.doom(error)
+        for scope in self._scopes.values():
+            scope.cancel()
+
+    @property
+    def fetching(self) -> bool:
+        return bool(self._scopes)
+
+    @property
+    def state(self) -> State:
+        if self.settled or (self.buffer.complete and not self.kept):
+            return "complete"
+        if self.buffer.failure is not None:
+            return "failed"
+        if self._scopes:
+            return "paused" if all(fetch.resting for fetch in self._scopes) else "live"
+        return "live" if self.plan.greedy or self.buffer.complete else "idle"

@@ -1,0 +1,369 @@
+"""A registered stream while the daemon runs: which generation is current, who has it open, what is persisted.
+
+A `Stream` has at most one current `Generation`; older ones live on only in the handles that hold them. Everything
+here runs in the trio thread, so a check and the update that follows it are atomic unless an await stands between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from pathlib import Path
+
+import msgspec
+import trio
+
+from streamfs.catalog import Entry
+from streamfs.engine.fetches import FIRST_AHEAD
+from streamfs.errors import (
+    Closed,
+    CommandFailed,
+    NoSpace,
+    NotPermitted,
+    SourceChanged,
+    SourceFailed,
+    StreamfsError,
+)
+from streamfs.generation import Context, Generation, State
+from streamfs.sources.base import Body, Facts, Source
+from streamfs.spec import UrlSource
+
+log = logging.getLogger(__name__)
+
+FRESH = 2.0
+"""Seconds for which a version that the source confirmed is not asked for again while somebody has it open."""
+REVALIDATE = 5.0
+"""Most seconds a new open waits to hear whether cached bytes are still current; then the cached ones serve."""
+WAIT_FOR_END = 60.0
+"""Most seconds without a new byte that an open waits for the end under --size-policy wait, where the stream has no
+stall timeout of its own."""
+PERSIST_RETRY = (1.0, 60.0)
+"""Seconds before persisting is tried again after a failure: the first, and the most; each is twice the last."""
+
+
+class Handle:
+    """An open file: reads of one generation. Close it."""
+
+    def __init__(self, stream: Stream, generation: Generation) -> None:
+        self._stream = stream
+        self._generation = generation
+        self._closed = False
+        generation.handles += 1
+        generation.used = time.monotonic()
+
+    @property
+    def generation(self) -> Generation:
+        return self._generation
+
+    @property
+    def size(self) -> int | None:
+        return self._generation.buffer.size
+
+    async def read(self, offset: int, size: int, *, partial: bool = False) -> memoryview:
+        """Exactly `size` bytes from `offset`, fewer only at the proven end; the view is good until the next await.
+
+        Raises what stands in their way. With `partial`, bytes that come before the failure are given first, and
+        only a read of none of them raises.
+        """
+        try:
+            return await self._generation.read(offset, size)
+        except StreamfsError:
+            count = self._generation.buffer.available(offset, size) if partial else 0
+            if not count:
+                raise
+            return await self._generation.read(offset, count)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._generation.handles -= 1
+            self._generation.used = time.monotonic()
+            if not self._generation.handles:
+                self._generation.released()
+                self._stream.released(self._generation)
+
+
+class Stream:
+    """One registered stream while the daemon runs."""
+
+    def __init__(self, entry: Entry, source: Source, context: Context) -> None:
+        self.entry = entry
+        self.source = source
+        self.context = context
+        self.generation: Generation | None = None
+        self.error: StreamfsError | None = None
+        """Why the last attempt to open, fetch or persist failed."""
+        self._orphans: list[Generation] = []  # evicted or removed, but still read
+        self._opening = trio.Lock()
+        self._persisting: trio.CancelScope | None = None
+        self._last_number = entry.facts_generation
+
+    @property
+    def key(self) -> str:
+        """Names the stream and its source in recordings: another source under the same id is another key."""
+        source = msgspec.json.encode([msgspec.to_builtins(self.entry.spec.source), self.entry.spec.options.transforms])
+        return f"{self.entry.id}:{hashlib.sha256(source).hexdigest()[:32]}"
+
+    @property
+    def is_url(self) -> bool:
+        return isinstance(self.entry.spec.source, UrlSource)
+
+    # Opening
+
+    async def open(self) -> Handle:
+        """A handle on the current version, which is asked for where that is due. Bounded by the stall timeout.
+        Raises SourceFailed and its kinds where there is neither a source nor cached bytes."""
+        async with self._opening:
+            generation = await self._current()
+            handle = Handle(self, generation)
+        if self.entry.spec.options.size_policy == "wait" and generation.buffer.size is None:
+            try:
+                await generation.fetch_all(self.entry.spec.stall_timeout or WAIT_FOR_END)
+            except BaseException:
+                handle.close()
+                raise
+        return handle
+
+    async def _current(self) -> Generation:
+        try:
+            generation = self.generation or await self._revive()
+            if generation is not None and await self._is_current(generation):
+                if generation.buffer.failure is not None and self.is_url:
+                    generation.buffer.retry()
+            else:
+                generation = await self._renew()
+        except StreamfsError as error:
+            self.error = error
+            raise
+        self.error = None
+        return generation
+
+    async def _is_current(self, generation: Generation) -> bool:
+        """Whether a new open may use the generation. Asks the source where its last word is not fresh."""
+        if generation.buffer.doomed:
+            return False
+        if not self.is_url or (generation.settled and generation.kept):
+            return True
+        if generation.handles and time.monotonic() - generation.validated < FRESH:
+            return True
+        if generation.facts.validator is None:
+            # Nothing to compare by. What is whole, or still comes in, is one version for sure; a rest is not.
+            return generation.buffer.complete or generation.fetching
+        facts: Facts | None = None
+        with trio.move_on_after(REVALIDATE if generation.buffer.buffered else float("inf")):
+            try:
+                facts = await self.source.probe()
+            except NotPermitted:
+                raise
+            except StreamfsError as error:
+                if not generation.buffer.buffered:
+                    raise
+                log.info("stream %d: the source cannot be asked (%s); cached bytes serve", self.entry.id, error)
+        if facts is None:
+            return True
+        generation.validated = time.monotonic()
+        if facts.validator == generation.facts.validator:
+            return True
+        self.changed(generation, SourceChanged("the source has a new version; open the file again"))
+        return False
+
+    async def _revive(self) -> Generation | None:
+        """The generation that an earlier run recorded, where its bytes can be used."""
+        recording = await self.context.cache.wake_dormant(self.entry.id, self.key)
+        if recording is None:
+            return None
+        facts = msgspec.json.decode(recording.header.facts, type=Facts)
+        generation = Generation(self, recording.header.generation, facts, recording)
+        if not generation.settled and not (facts.ranged and facts.validator is not None):
+            # A run of a command, or a body without versions, that was cut short can never be continued.
+            generation.buffer.close()
+            recording.unlink()
+            return None
+        self._last_number = max(self._last_number, generation.number)
+        generation.validated = float("-inf")
+        self._install(generation)
+        return generation
+
+    async def _renew(self) -> Generation:
+        """A new generation, from a new run or request."""
+        options = self.entry.spec.options
+        body: Body | None = None
+        facts = Facts()
+        if self.is_url:
+            body = await self.source.open(0, FIRST_AHEAD, None)
+            facts = body.facts
+        if options.size is not None:
+            facts = Facts(options.size, facts.ranged, facts.validator, facts.mime, facts.modified)
+        self._last_number += 1
+        generation = Generation(self, self._last_number, facts)
+        self._install(generation)
+        if body is not None:
+            generation.begin(body)
+            self._learned(facts)
+        return generation
+
+    def _install(self, generation: Generation) -> None:
+        self.generation = generation
+        self.context.cache.enter(generation)
+
+    def _learned(self, facts: Facts) -> None:
+        if facts != self.entry.facts:
+            self.context.remember(self.entry.id, facts)
+
+    async def probe(self) -> None:
+        """Ask the source for its facts, for the catalogue. Never raises StreamfsError: `error` tells."""
+        try:
+            self._learned(await self.source.probe())
+            self.error = None
+        except StreamfsError as error:
+            self.error = error
+
+    # Changes
+
+    def changed(self, generation: Generation, why: SourceChanged) -> None:
+        """The source serves another version now: handles on this one get ESTALE, new opens the new one."""
+        generation.stop(why)
+        self._forget(generation)
+
+    def let_go(self, generation: Generation) -> None:
+        """Evict a generation that nobody uses."""
+        generation.stop(Closed("the cached bytes were evicted"))
+        self._forget(generation)
+
+    def _forget(self, generation: Generation) -> None:
+        self.context.cache.leave(generation)
+        generation.buffer.close()
+        if self.generation is generation:
+            self.generation = None
+
+    def evict(self) -> None:
+        """Drop all cached bytes; open handles go on with what they have, new opens start anew.
+        Raises NotPermitted where the stream is persisted."""
+        if self.entry.persist:
+            raise NotPermitted(f"{self.entry.name!r} is persisted: 'streamfs unpersist' it first")
+        self.context.cache.forget_dormant(self.entry.id)
+        self._part_with_current()
+
+    def remove(self) -> None:
+        """The stream was removed from the catalogue: its cached bytes go, open handles keep what they have."""
+        self._stop_persisting()
+        self.context.cache.forget_dormant(self.entry.id)
+        self._part_with_current()
+
+    def _part_with_current(self) -> None:
+        generation, self.generation = self.generation, None
+        if generation is None:
+            return
+        if generation.handles:
+            self._orphans.append(generation)  # readers keep their version; it goes when the last of them closes
+        else:
+            self.let_go(generation)
+
+    def released(self, generation: Generation) -> None:
+        """The last handle on `generation` was closed: one that was evicted while it was read can go now."""
+        if generation in self._orphans:
+            self._orphans.remove(generation)
+            self.let_go(generation)
+
+    # Persisting
+
+    def set_entry(self, entry: Entry) -> None:
+        """The catalogue has a new row for this stream (name, persist or facts)."""
+        self.entry = entry
+        if entry.persist and self._persisting is None:
+            self._persisting = trio.CancelScope()
+            self.context.nursery.start_soon(self._persist, self._persisting)
+        elif not entry.persist:
+            self._stop_persisting()
+
+    def _stop_persisting(self) -> None:
+        if self._persisting is not None:
+            self._persisting.cancel()
+            self._persisting = None
+
+    async def _persist(self, scope: trio.CancelScope) -> None:
+        delay, most = PERSIST_RETRY
+        with scope:
+            while True:
+                began = self.generation.buffer.buffered if self.generation else 0
+                try:
+                    if await self._persist_once():
+                        break
+                except CommandFailed as error:
+                    self.error = error
+                    break
+                except (StreamfsError, OSError) as error:
+                    self.error = error if isinstance(error, StreamfsError) else NoSpace(str(error))
+                    log.warning("stream %d cannot be persisted yet: %s", self.entry.id, error)
+                except Exception as bug:
+                    log.exception("persisting stream %d failed in an unforeseen way", self.entry.id)
+                    self.error = SourceFailed(f"internal error: {bug!r} (see the log)")
+                    break
+                if self.generation is not None and self.generation.buffer.buffered > began:
+                    delay = PERSIST_RETRY[0]
+                await trio.sleep(delay)
+                delay = min(delay * 2, most)
+        if self._persisting is scope:
+            self._persisting = None
+
+    async def _persist_once(self) -> bool:
+        handle = await self.open()
+        generation = handle.generation
+        try:
+            if not generation.settled:
+                await generation.fetch_all()
+                await self.context.cache.settle(generation)
+                generation.settled = True
+            self.error = None
+            return True
+        finally:
+            handle.close()
+
+    # What is told
+
+    @property
+    def state(self) -> State:
+        if self.generation is not None:
+            return self.generation.state
+        if self.error is not None:
+            return "failed"
+        return "idle"
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of the bytes: of the current generation, else what the catalogue remembers."""
+        if self.generation is not None:
+            return self.generation.facts
+        return self.entry.facts or Facts()
+
+    @property
+    def size(self) -> int | None:
+        """The exact length, None while unknown; the catalogue's memory of it before anything was opened."""
+        if self.generation is not None:
+            return self.generation.buffer.size
+        if self.entry.spec.options.size is not None:
+            return self.entry.spec.options.size
+        return self.entry.facts.size if self.entry.facts is not None else None
+
+    @property
+    def persisted_path(self) -> Path | None:
+        """Where the whole resource rests as a plain file; None until it is complete and durable."""
+        generation = self.generation
+        if generation is not None and generation.settled and generation.buffer.recording is not None:
+            return generation.buffer.recording.path
+        return None
+
+    async def aclose(self) -> None:
+        """The daemon ends: fetches stop, readers fail, recordings stay for the next run."""
+        self._stop_persisting()
+        for generation in [*self._orphans, *([self.generation] if self.generation else [])]:
+            generation.stop(Closed("streamfs is shutting down"))
+            self.context.cache.leave(generation, unlink=generation in self._orphans or not self._is_worth_keeping())
+            generation.buffer.close()
+        self.generation = None
+        await self.source.aclose()
+
+    def _is_worth_keeping(self) -> bool:
+        generation = self.generation
+        return generation is not None and (generation.settled or generation.facts.ranged)
