@@ -219,25 +219,36 @@ class ProcessBody:
             return
         self._closed = True
         trio.lowlevel.notify_closing(self._events.fileno())
+        self._events.close()
         with trio.CancelScope(shield=True):
             try:
                 _signal_group(self._process.pid, signal.SIGTERM)
-                self._close_pipes()  # after the signal: its handler, not SIGPIPE, is to have the first word
-                await _end_session(self._process.pid)
+                self._close_stdout()  # nobody reads: as at the end of `| head`, SIGPIPE for whoever writes on
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._drain_stderr_to_the_end)
+                    await _end_session(self._process.pid)
+                    nursery.cancel_scope.cancel()
             finally:
+                self._close_stdout()
+                self._drain_stderr()
+                if self._stderr is not None:
+                    os.close(self._stderr)
+                    self._stderr = None
                 os.close(self._pidfd)
                 if self._process.poll() is None:
                     _log.warning("process %d survives SIGKILL; it is left to itself", self._process.pid)
 
-    def _close_pipes(self) -> None:
+    async def _drain_stderr_to_the_end(self) -> None:
+        """Last words must not end in SIGPIPE: a shell says "Terminated" before it runs its trap."""
         self._drain_stderr()
-        self._events.close()
+        while self._stderr is not None:
+            await trio.lowlevel.wait_readable(self._stderr)
+            self._drain_stderr()
+
+    def _close_stdout(self) -> None:
         if self._stdout >= 0:
             os.close(self._stdout)
             self._stdout = -1
-        if self._stderr is not None:
-            os.close(self._stderr)
-            self._stderr = None
 
 
 def _prepare(argv: tuple[str, ...], cwd: str | None, environment: dict[str, str]) -> tuple[tuple[str, ...], int]:

@@ -1,0 +1,318 @@
+"""What every source promises (streamfs.sources.base), checked of each making of it.
+
+A making is offered in up to three behaviours: "whole" gives its content and ends, "broken" gives part of it and then
+breaks, "silent" gives part of it and then nothing more. To put a further source under the contract, write its offers
+and add them to WHOLE, BROKEN and SILENT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from streamfs.errors import Closed, SourceChanged, SourceFailed, SourceStalled, StreamfsError
+from streamfs.sources.base import Body, Facts, Source
+from streamfs.sources.command import ProcessSource
+from streamfs.sources.file import FileSource
+from streamfs.spec import CommandSource, ShellSource, StreamOptions, StreamSpec, UrlSource
+
+CONTENT = random.Random(20).randbytes(3_000_017)
+GIVEN = 200_003  # bytes of CONTENT that the broken and the silent give
+PATIENCE = StreamOptions(stall_timeout=0.3)
+
+
+@dataclass(frozen=True)
+class Subject:
+    source: Source
+    ranged: bool
+    """Bodies may start anywhere, and the size is known."""
+    break_it: Callable[[], None] = lambda: None
+    """Makes a "broken" one break, after the first bytes have been read."""
+
+
+Offer = Callable[[Path], AbstractAsyncContextManager[Subject]]
+
+
+def _content_file(folder: Path, length: int = len(CONTENT)) -> Path:
+    path = folder / "content"
+    path.write_bytes(CONTENT[:length])
+    return path
+
+
+@asynccontextmanager
+async def command(folder: Path) -> AsyncIterator[Subject]:
+    argv = ("cat", str(_content_file(folder)))
+    yield Subject(ProcessSource(StreamSpec(name="s", source=CommandSource(argv))), ranged=False)
+
+
+def shell(after: str, length: int = len(CONTENT)) -> Offer:
+    @asynccontextmanager
+    async def offer(folder: Path) -> AsyncIterator[Subject]:
+        _content_file(folder, length)
+        options = msgspec.structs.replace(PATIENCE, cwd=str(folder))
+        spec = StreamSpec(name="s", source=ShellSource(f"cat content | cat; {after}"), options=options)
+        yield Subject(ProcessSource(spec), ranged=False)
+
+    return offer
+
+
+@asynccontextmanager
+async def file(folder: Path) -> AsyncIterator[Subject]:
+    path = _content_file(folder)
+    source = FileSource(StreamSpec(name="s", source=UrlSource(path.as_uri()), options=PATIENCE))
+    yield Subject(source, ranged=True, break_it=lambda: os.truncate(path, GIVEN))
+
+
+@asynccontextmanager
+async def fifo_with_a_silent_writer(folder: Path) -> AsyncIterator[Subject]:
+    path = folder / "fifo"
+    os.mkfifo(path)
+    writer = os.open(path, os.O_RDWR)  # both ends: opening needs no reader, and the writer stays
+    try:
+        os.write(writer, CONTENT[:4096])
+        yield Subject(FileSource(StreamSpec(name="s", source=UrlSource(path.as_uri()), options=PATIENCE)), ranged=False)
+    finally:
+        os.close(writer)
+
+
+WHOLE: dict[str, Offer] = {"command": command, "shell": shell("true"), "file": file}
+BROKEN: dict[str, Offer] = {"shell": shell("exit 3", GIVEN), "killed": shell("kill -9 $$", GIVEN), "file": file}
+SILENT: dict[str, Offer] = {
+    "shell": shell("exec sleep 1000", GIVEN),
+    "shell without output": shell("exec >&-; exec sleep 1000", GIVEN),
+    "fifo": fifo_with_a_silent_writer,
+}
+
+
+def offered(offers: dict[str, Offer]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("offer", [pytest.param(offer, id=name) for name, offer in offers.items()])
+
+
+async def receive(body: Body, view_size: int = 1 << 16, limit: int | None = None) -> bytes:
+    """What `body` gives up to its end, or until `limit` bytes are there. Checks that no byte is written but those
+    that are told."""
+    received = bytearray()
+    room = bytearray(view_size + 2)
+    while limit is None or len(received) < limit:
+        room[:] = b"\xa5" * len(room)
+        view = memoryview(room)[1:-1]
+        if limit is not None:
+            view = view[: limit - len(received)]
+        count = await body.receive_into(view)
+        assert 0 <= count <= len(view)
+        if count == 0:
+            break
+        received += view[:count]
+        assert room[0] == 0xA5 and room[-1] == 0xA5, "bytes beside the view were written"
+    return bytes(received)
+
+
+@asynccontextmanager
+async def opened(source: Source, start: int = 0, stop: int | None = None, expect: Facts | None = None):  # type: ignore[no-untyped-def]
+    body = await source.open(start, stop, expect)
+    try:
+        yield body
+    finally:
+        await body.aclose()
+
+
+def held_resources() -> tuple[set[str], set[str]]:
+    """Open descriptors (by what they refer to) and child processes of this process."""
+    descriptors = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            descriptors.add(f"{entry.name} {entry.readlink()}")
+    children = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a worker thread that ends
+            children.update((task / "children").read_text().split())
+    return descriptors, children
+
+
+# --- whole ---------------------------------------------------------------------------------------------------------
+
+
+@offered(WHOLE)
+async def test_gives_every_byte_and_a_proven_end(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject, opened(subject.source) as body:
+        assert body.start == 0
+        assert await receive(body) == CONTENT
+        assert body.end_proven
+        assert await body.receive_into(memoryview(bytearray(10))) == 0, "the end stays the end"
+
+
+@offered(WHOLE)
+async def test_fills_views_of_any_size(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject, opened(subject.source) as body:
+        received = await receive(body, 1, limit=300)
+        received += await receive(body, 7, limit=2100)
+        received += await receive(body, 4099, limit=500_000)
+        received += await receive(body, 5 << 20)
+        assert received == CONTENT
+
+
+@offered(WHOLE)
+async def test_two_bodies_at_once_do_not_disturb_each_other(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject, opened(subject.source) as first, opened(subject.source) as second:
+        parts: list[tuple[bytes, bytes]] = []
+        while not parts or parts[-1] != (b"", b""):
+            parts.append((await receive(first, 40_001, limit=40_001), await receive(second, 70_001, limit=70_001)))
+        assert b"".join(part for part, _ in parts) == CONTENT
+        assert b"".join(part for _, part in parts) == CONTENT
+
+
+@offered(WHOLE)
+async def test_a_body_from_the_middle_starts_there_or_says_that_it_starts_at_0(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject:
+        for start, stop in [(1, 2), (5000, 6000), (len(CONTENT) - 1, None), (77, len(CONTENT) + 9)]:
+            async with opened(subject.source, start, stop) as body:
+                received = await receive(body)
+                assert body.end_proven
+                if subject.ranged:
+                    assert (body.start, received) == (start, CONTENT[start:stop])
+                else:
+                    assert (body.start, received) == (0, CONTENT)
+
+
+@offered(WHOLE)
+async def test_what_starts_past_the_end_fails_or_starts_at_0(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject:
+        for start in (len(CONTENT), len(CONTENT) + 1000):
+            if subject.ranged:
+                with pytest.raises(SourceFailed):
+                    await subject.source.open(start, None, None)
+            else:
+                async with opened(subject.source, start) as body:
+                    assert body.start == 0
+
+
+@offered(WHOLE)
+async def test_facts_are_exact_and_agree_with_the_probe(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject:
+        probed = await subject.source.probe()
+        async with opened(subject.source) as body:
+            assert body.facts.ranged == subject.ranged
+            assert body.facts.size in ((len(CONTENT),) if subject.ranged else (len(CONTENT), None))
+            assert not body.facts.ranged or body.facts.validator is not None
+            if subject.ranged:
+                assert probed == body.facts
+            assert probed.size in (body.facts.size, None)
+
+
+@offered(WHOLE)
+async def test_a_version_is_continued_only_as_itself(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject:
+        async with opened(subject.source) as body:
+            facts = body.facts
+        if subject.ranged:
+            async with opened(subject.source, 1_000_000, None, facts) as body:
+                assert await receive(body) == CONTENT[1_000_000:]
+            other = replace(facts, validator=f"{facts.validator}-of-before")
+            with pytest.raises(SourceChanged):
+                await subject.source.open(1_000_000, None, other)
+        else:
+            with pytest.raises(SourceChanged):
+                await subject.source.open(0, None, facts)
+
+
+@offered(WHOLE)
+async def test_every_receive_is_a_checkpoint(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject, opened(subject.source) as body:
+        await receive(body, 10, limit=10)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await body.receive_into(memoryview(bytearray(10)))
+        assert scope.cancelled_caught
+
+
+@offered(WHOLE)
+async def test_closing_again_is_harmless_and_a_closed_body_gives_nothing(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject:
+        body = await subject.source.open(0, None, None)
+        await receive(body, 1000, limit=1000)
+        await body.aclose()
+        await body.aclose()
+        with pytest.raises(Closed):
+            await body.receive_into(memoryview(bytearray(10)))
+
+
+@offered(WHOLE)
+async def test_nothing_is_left_after_the_end(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject:
+        async with opened(subject.source) as body:
+            await receive(body)  # once before counting: workers, caches and the like may stay
+        before = held_resources()
+        async with opened(subject.source) as body:
+            await receive(body)
+        assert held_resources() == before
+
+
+# --- broken --------------------------------------------------------------------------------------------------------
+
+
+@offered(BROKEN)
+async def test_a_break_is_an_error_after_the_right_bytes_never_an_end(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject, opened(subject.source) as body:
+        received = bytearray(await receive(body, 1000, limit=1000))
+        subject.break_it()
+        room = memoryview(bytearray(1 << 16))
+        with pytest.raises((SourceFailed, SourceChanged)) as caught:
+            while count := await body.receive_into(room):
+                received += room[:count]
+        assert CONTENT.startswith(received)
+        assert not isinstance(caught.value, SourceStalled)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(type(caught.value)):
+            await body.receive_into(room)
+
+
+@offered(BROKEN)
+async def test_nothing_is_left_after_a_break(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject:
+        before = held_resources()
+        async with opened(subject.source) as body:
+            await receive(body, 1000, limit=1000)
+            subject.break_it()
+            with pytest.raises(StreamfsError):
+                await receive(body)
+        assert held_resources() == before
+
+
+# --- silent --------------------------------------------------------------------------------------------------------
+
+
+@offered(SILENT)
+async def test_silence_ends_in_a_stall_after_the_timeout(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject, opened(subject.source) as body:
+        received = b""
+        with trio.fail_after(10), pytest.raises(SourceStalled):
+            while True:
+                received += await receive(body, limit=1)  # the first byte, then what is there
+                last_byte = trio.current_time()
+                received += await receive(body, limit=len(CONTENT))
+        assert CONTENT.startswith(received) and received
+        assert trio.current_time() - last_byte >= 0.29
+        with pytest.raises(SourceStalled):
+            await body.receive_into(memoryview(bytearray(1)))
+
+
+@offered(SILENT)
+async def test_a_cancelled_read_leaves_nothing_behind(offer: Offer, tmp_path: Path) -> None:
+    async with offer(tmp_path) as subject:
+        before = held_resources()
+        with trio.CancelScope() as scope:
+            async with opened(subject.source) as body:
+                await receive(body, limit=4096)
+                scope.deadline = trio.current_time() + 0.1
+                await receive(body)
+        assert scope.cancelled_caught
+        assert held_resources() == before
