@@ -1,1 +1,27 @@
-"""streamfs."""
+"""streamfs shows URLs and the output of commands as ordinary seekable files.
+
+The map, from top to bottom; imports point downwards only:
+
+cli           the commands; parses, asks, prints
+daemon        the only trio.run: mount, signals, order of shutdown       mounting: the mountpoint itself
+fuse          the pyfuse3 adapter                                        control: requests over a unix socket
+interrupts    readers that were told to stop
+filesystem    names to streams, handles, attributes; no FUSE in it       tree, xattrs: its names and attributes
+stream        one registered stream: current version, opening, persist
+generation    one version of its bytes, and the fetches that fill it
+catalog       the registered streams, on SQLite
+cache         what is kept and what goes: memory, disk, age
+sources       where bytes come from: commands, files, HTTP and its kin
+engine        the buffer: many readers, threads and trio, memory then disk
+home, spec    where things are; what a stream is registered with
+errors        every error and its errno
+
+As a library: `StreamBuffer` gives random access to any iterable of bytes.
+"""
+
+from streamfs.engine.streambuffer import StreamBuffer, StreamHandle
+from streamfs.errors import StreamfsError
+
+__all__ = ["StreamBuffer", "StreamHandle", "StreamfsError", "__version__"]
+
+__version__ = "0.1.0"

@@ -111,3 +111,21 @@ class NameTooLong(InvalidRequest):
     """A part of a name is over 255 bytes (ENAMETOOLONG)."""
 
     errno: ClassVar[int] = _errno.ENAMETOOLONG
+
+
+class NotDirectory(StreamfsError):
+    """A part of the path is a file (ENOTDIR)."""
+
+    errno: ClassVar[int] = _errno.ENOTDIR
+
+
+class IsDirectory(StreamfsError):
+    """A folder stands where a file is needed (EISDIR)."""
+
+    errno: ClassVar[int] = _errno.EISDIR
+
+
+class NoAttribute(StreamfsError):
+    """No extended attribute of that name (ENODATA)."""
+
+    errno: ClassVar[int] = _errno.ENODATA

@@ -109,6 +109,18 @@ class Generation:
 
     # What readers do
 
+    def read_now(self, offset: int, size: int) -> memoryview | None:
+        """The bytes, if they are all in memory; the view is good until the next await. None: use `read`."""
+        try:
+            found = self.buffer.look(offset, size)
+        except StreamfsError:
+            return None
+        if not isinstance(found, memoryview):
+            return None
+        self.used = time.monotonic()
+        self._follow(offset + len(found))
+        return found
+
     async def read(self, offset: int, size: int) -> memoryview:
         """As Buffer.read_async; bytes are fetched as they are needed."""
         self.used = time.monotonic()

@@ -60,6 +60,10 @@ class Handle:
     def size(self) -> int | None:
         return self._generation.buffer.size
 
+    def read_now(self, offset: int, size: int) -> memoryview | None:
+        """What `read` would give, if all of it is in one piece of memory; None where it is not, or fails."""
+        return self._generation.read_now(offset, size)
+
     async def read(self, offset: int, size: int, *, partial: bool = False) -> memoryview:
         """Exactly `size` bytes from `offset`, fewer only at the proven end; the view is good until the next await.
 
@@ -266,6 +270,14 @@ class Stream:
             self._orphans.remove(generation)
             self.let_go(generation)
 
+    async def verify(self) -> tuple[int, list[tuple[int, int]]]:
+        """Read every block on disk and drop those that are damaged; (blocks looked at, ranges that were damaged)."""
+        async with self._opening:
+            generation = self.generation or await self._revive()
+        if generation is None:
+            return 0, []
+        return await trio.to_thread.run_sync(generation.buffer.verify, limiter=trio.CapacityLimiter(1))
+
     # Persisting
 
     def set_entry(self, entry: Entry) -> None:
@@ -347,12 +359,49 @@ class Stream:
         return self.entry.facts.size if self.entry.facts is not None else None
 
     @property
+    def buffered(self) -> int:
+        """Bytes present, in memory or on disk."""
+        return self.generation.buffer.buffered if self.generation is not None else 0
+
+    @property
+    def readers(self) -> int:
+        """Open handles, those on older versions too."""
+        return sum(g.handles for g in (*self._orphans, self.generation) if g is not None)
+
+    @property
+    def problem(self) -> StreamfsError | None:
+        """Why bytes are missing, or why the last attempt to get at the source failed; None while all is well."""
+        failure = self.generation.buffer.failure if self.generation is not None else None
+        return failure or self.error
+
+    @property
+    def exit_status(self) -> int | None:
+        """How the command ended, as a shell shows it; None while it runs or for a URL."""
+        return self.generation.exit_status if self.generation is not None else None
+
+    @property
+    def stderr_tail(self) -> str:
+        return self.generation.stderr_tail if self.generation is not None else ""
+
+    @property
+    def end_proven(self) -> bool:
+        """False where the known end rests on nothing but a closed connection."""
+        return self.generation is None or self.generation.end_proven
+
+    @property
     def persisted_path(self) -> Path | None:
         """Where the whole resource rests as a plain file; None until it is complete and durable."""
         generation = self.generation
         if generation is not None and generation.settled and generation.buffer.recording is not None:
             return generation.buffer.recording.path
         return None
+
+    def interrupt(self, error: StreamfsError) -> None:
+        """The daemon is about to end: every read fails, every fetch stops."""
+        self._stop_persisting()
+        for generation in (*self._orphans, self.generation):
+            if generation is not None:
+                generation.stop(error)
 
     async def aclose(self) -> None:
         """The daemon ends: fetches stop, readers fail, recordings stay for the next run."""

@@ -5,21 +5,22 @@ missing a reader calls its `demand` hook and waits. streamfs.engine.streambuffer
 streamfs.stream puts sources behind it.
 
 Locking: `_lock` guards state and store together. Nothing is awaited and no I/O is done while it is held, and no
-other lock is taken but the pool's, which is a leaf. Wakes happen under it, and only signal.
+other lock is taken but the pool's, which is a leaf. Wakes happen under it, and only signal. `_disk` is held by the one
+thread that writes to the recording; it is taken before `_lock`, never after.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import trio
 
 from streamfs.engine.pool import Pool
 from streamfs.engine.recording import DamagedExtent, Recording
-from streamfs.engine.state import BufferState, Waiter
+from streamfs.engine.state import BufferState, Waiter, again
 from streamfs.engine.store import Gathered, Segment, Store
 from streamfs.errors import Closed, SourceFailed, StreamfsError
 
@@ -42,6 +43,8 @@ class Buffer:
         self._state = BufferState(size)  # GUARDED_BY _lock
         self._store = Store(pool, recording)  # GUARDED_BY _lock
         self._writers = 0  # GUARDED_BY _lock
+        self._closed = False  # GUARDED_BY _lock
+        self._disk = threading.Lock()
         self._disk_limiter: trio.CapacityLimiter | None = None
         self.refetchable = False
         """Whether bytes that are lost here can be had from the source again."""
@@ -108,6 +111,11 @@ class Buffer:
         with self._lock:
             return self._state.present.next_start(start)
 
+    def missing(self, offset: int, size: int) -> int | None:
+        """The first byte that a read would miss; None where it could be answered. Raises as `look`."""
+        with self._lock:
+            return self._state.want(offset, size).missing
+
     def available(self, offset: int, size: int) -> int:
         """How many of `size` bytes from `offset` can be read at once."""
         with self._lock:
@@ -145,9 +153,21 @@ class Buffer:
 
     def _drop_damaged(self, damage: DamagedExtent) -> None:
         with self._lock:
-            if self._store.recording is not None:
-                self._store.recording.drop(damage.start, damage.stop)
-            self._state.lost(damage.start, damage.stop, for_good=not self.refetchable)
+            recording = self._store.recording
+            if recording is None:
+                return
+            # Another reader may have found it first, and the bytes may be here again: what the table no longer
+            # names is not lost by this damage.
+            for extent in recording.drop(damage.start, damage.stop):
+                self._state.lost(extent.start, extent.stop, for_good=not self.refetchable)
+        if self._disk.acquire(blocking=False):
+            try:
+                # An index that does not know of the damage claims bytes whose checksum tells the truth when they
+                # are read, and the next append tries again.
+                with suppress(OSError):
+                    recording.log_drops()
+            finally:
+                self._disk.release()
 
     async def read_async(self, offset: int, size: int, demand: Demand | None = None) -> memoryview:
         """`size` bytes from `offset`, fewer only at the proven end; the view is good until the next await.
@@ -270,31 +290,40 @@ class Buffer:
             self._store.recording = recording
 
     def spill(self, most: int = SPILL_BATCH, *, all_of_it: bool = False) -> int:
-        """Move up to `most` bytes from memory to the recording; returns how many moved, 0 where nothing can.
+        """Move about `most` bytes from memory to the recording, in whole pieces; returns how many moved, 0 where
+        nothing can. What a writer is filling stays, unless `all_of_it`; the piece it fills at this moment stays even so.
 
-        Blocks on the disk: call it from a worker thread. Reads go on meanwhile. Raises OSError; then the bytes
-        stay in memory.
+        Blocks on the disk and on another thread that spills: call it from a worker thread. Reads go on meanwhile.
+        Raises OSError; then the bytes stay in memory.
         """
+        with self._disk:
+            return self._spill(most, all_of_it=all_of_it)
+
+    def _spill(self, most: int, *, all_of_it: bool, lent: bool = False) -> int:
+        """Under `_disk`."""
         with self._lock:
             recording = self._store.recording
             if recording is None:
                 return 0
-            segments = self._store.take_spillable(most, all_of_it=all_of_it)
+            segments = self._store.take_spillable(most, all_of_it=all_of_it, lent=lent)
+            runs = [(s.start, s.content(s.start, s.stop)) for s in segments]
         if not segments:
             return 0
         try:
-            extents = recording.append([(s.start, s.content()) for s in segments])
+            extents = recording.append(runs)
         except BaseException:
             with self._lock:
                 self._store.not_spilled(segments)
             raise
+        counts = [len(view) for _, view in runs]
+        del runs  # no view outlives its piece
         with self._lock:
-            self._store.spilled(segments, extents)
-        return sum(s.filled for s in segments)
+            self._store.spilled(list(zip(segments, counts, strict=True)), extents)
+        return sum(counts)
 
     def forget_memory(self, most: int = SPILL_BATCH) -> int:
-        """Drop up to `most` bytes from memory without writing them anywhere; returns how many. Only where the
-        source can give them again."""
+        """Drop about `most` bytes from memory, in whole pieces, without writing them anywhere; returns how many. Only
+        where the source can give them again."""
         if not self.refetchable:
             return 0
         with self._lock:
@@ -307,20 +336,43 @@ class Buffer:
     def settle_for_good(self) -> None:
         """Write everything to the recording and make it durable. Blocks. The buffer must be complete and must
         have a recording. Raises OSError, or ValueError where it is not complete."""
-        while self.spill(all_of_it=True):
-            pass
+        with self._disk:
+            recording, size = self._settled(spilled=False)
+            while self._spill(SPILL_BATCH, all_of_it=True, lent=True):
+                pass
+            self._settled(spilled=True)
+            recording.complete(size)
+
+    def _settled(self, *, spilled: bool) -> tuple[Recording, int]:
         with self._lock:
-            if not self._state.complete or self._store.memory or self._store.recording is None:
-                raise ValueError("only a complete buffer with a recording can be settled")
             size, recording = self._state.size, self._store.recording
-        assert size is not None
-        recording.complete(size)
+            if size is None or not self._state.complete or recording is None or (spilled and not self._store.empty):
+                raise ValueError("only a complete buffer with a recording can be settled")
+            return recording, size
+
+    def verify(self) -> tuple[int, list[tuple[int, int]]]:
+        """Read every block on disk; damaged ones are dropped, as when a reader finds them. Blocks. Gives how many
+        there were, and the (start, stop) of the damaged."""
+        with self._lock:
+            recording = self._store.recording
+            extents = recording.extents(0, 1 << 63) if recording is not None else []
+        damaged = []
+        for extent in extents:
+            assert recording is not None
+            out = memoryview(bytearray(extent.stop - extent.start))
+            try:
+                recording.read([extent], out, wait=True)
+            except DamagedExtent as damage:
+                self._drop_damaged(damage)
+                damaged.append((damage.start, damage.stop))
+        return len(extents), damaged
 
     def close(self) -> None:
         """Give memory back and drop the recording's descriptors. Every read raises Closed from now on."""
         with self._lock:
             if self._state.doomed is None:
                 self._state.doom(Closed("the buffer is closed"))
+            self._closed = True
             self._state.wake_all()
             if self._writers == 0:
                 self._store.clear()
@@ -333,42 +385,57 @@ class Writer:
     def __init__(self, buffer: Buffer, position: int) -> None:
         self._buffer = buffer
         self._closed = False
+        self._segment: Segment | None = None  # GUARDED_BY the buffer's _lock
+        self._overtaken = False
         self.start = position
         self.position = position
 
     def room(self) -> memoryview | None:
         """Memory for the next bytes, at least one. None where the pool is spent: make room, then ask again.
 
-        The view ends where bytes that are present begin, and at the size; `met` tells when there is none. Raises
-        Closed once nothing can be read any more.
+        The view ends where bytes that are present begin, and at the size; `met` tells when there is none, and the
+        view is empty then. Raises Closed, or what else doomed the buffer, once nothing can be read any more.
         """
         buffer = self._buffer
         with buffer._lock:
             if buffer._state.doomed is not None:
-                raise buffer._state.doomed
-            view = buffer._store.room(self.position, self.position - self.start)
-            if view is None:
+                raise again(buffer._state.doomed)
+            limit = self._limit()
+            if self._overtaken or (limit is not None and limit <= self.position):
+                return memoryview(b"")
+            segment = buffer._store.room(self._segment, self.position, self.position - self.start)
+            if segment is None:
                 return None
-            limit = buffer._state.present.next_start(self.position)
-            size = buffer._state.size
-            if size is not None and (limit is None or size < limit):
-                limit = size
-            return view if limit is None else view[: limit - self.position]
+            self._segment = segment
+            room = memoryview(segment.piece)[segment.base + segment.filled : segment.capacity]
+            return room if limit is None else room[: limit - self.position]
+
+    def _limit(self) -> int | None:
+        """Where this writer's bytes are no longer wanted: at present ones, and at the size."""
+        limit, size = self._buffer._state.present.next_start(self.position), self._buffer._state.size
+        return limit if size is None or (limit is not None and limit < size) else size
 
     @property
     def met(self) -> bool:
         """Whether the next byte is there already, or is past the known size: nothing is left to bring here."""
         with self._buffer._lock:
-            state = self._buffer._state
-            if state.size is not None and self.position >= state.size:
-                return True
-            return state.present.run_end(self.position) > self.position
+            limit = self._limit()
+            return self._overtaken or (limit is not None and limit <= self.position)
 
     def wrote(self, count: int) -> None:
-        """The first `count` bytes of `room` are filled: they are present from now on, and who waits is woken."""
+        """The first `count` bytes of `room` are filled: they are present from now on, and who waits is woken.
+
+        Where somebody else brought some of them meanwhile, only those before that count, and this writer has `met`
+        them for good: what it was given is past its position.
+        """
         buffer = self._buffer
         with buffer._lock:
-            buffer._store.wrote(self.position, count)
+            if self._segment is None:
+                raise ValueError("there was no room to write to")
+            limit = self._limit()
+            if limit is not None and self.position + count > limit:
+                count, self._overtaken = max(0, limit - self.position), True
+            buffer._store.wrote(self._segment, count)
             start = self.position
             self.position += count
             buffer._state.received(start, self.position)
@@ -384,21 +451,27 @@ class Writer:
         self._closed = True
         buffer = self._buffer
         with buffer._lock:
-            buffer._store.leave(self.position)
+            if self._segment is not None:
+                buffer._store.leave(self._segment)
+                self._segment = None
             buffer._writers -= 1
-            if buffer._state.doomed is not None and buffer._writers == 0 and isinstance(buffer._state.doomed, Closed):
+            if buffer._closed and buffer._writers == 0:
                 buffer._store.clear()
 
     def append(self, data: memoryview, make_room: Callable[[], None]) -> None:
         """Bring all of `data`, copying. `make_room` is called, without the lock, while the pool is spent; it
-        raises where no room can be made. Raises SourceFailed where `data` goes past the known size."""
+        raises where no room can be made. Raises SourceFailed where `data` goes past the known size. For a buffer's
+        only writer: raises ValueError where it meets bytes that somebody else brought."""
         while data:
             view = self.room()
             if view is None:
                 make_room()
                 continue
             if not view:
-                raise SourceFailed(f"the source sent more than the {self._buffer.size} bytes that were declared")
+                size = self._buffer.size
+                if size is None or self.position < size:
+                    raise ValueError(f"byte {self.position} is there already")
+                raise SourceFailed(f"the source sent more than the {size} bytes that were declared")
             count = min(len(view), len(data))
             view[:count] = data[:count]
             self.wrote(count)
@@ -413,6 +486,7 @@ def _trio_wake(event: trio.Event) -> Callable[[], None]:
         if trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is token:
             event.set()
         else:
-            token.run_sync_soon(event.set)
+            with suppress(trio.RunFinishedError):  # then nobody waits any more
+                token.run_sync_soon(event.set)
 
     return wake

@@ -1,0 +1,27 @@
+"""Where bytes come from: one protocol (base), and what follows it.
+
+command       standard output of a command
+file          file:/// URLs
+http          http, https, ftp, ftps, sftp: the meaning of replies, over the transports plain and curl
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from streamfs.sources.base import Source
+from streamfs.sources.command import ProcessSource
+from streamfs.sources.file import FileSource
+from streamfs.sources.http import HttpSource, Transports
+from streamfs.spec import StreamSpec, UrlSource
+
+__all__ = ["Transports", "make_source"]
+
+
+def make_source(spec: StreamSpec, transports: Transports) -> Source:
+    """The source that `spec` describes; nothing is contacted or started yet."""
+    if not isinstance(spec.source, UrlSource):
+        return ProcessSource(spec)
+    if urlsplit(spec.source.url).scheme.lower() == "file":
+        return FileSource(spec)
+    return HttpSource(spec, transports)

@@ -1,0 +1,387 @@
+"""The daemon: the only trio.run, mount, signals, and the order of shutdown.
+
+`start` checks, forks and reports; `_serve` is the life of the daemon; `save_offline` runs the same file system without
+a mount for one command.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import resource
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+import streamfs
+from streamfs import mounting
+from streamfs.cache import Cache
+from streamfs.catalog import Catalog
+from streamfs.control.server import Handler, Listener, listen, serve
+from streamfs.errors import Busy, InvalidRequest, StreamfsError
+from streamfs.filesystem import FileSystem
+from streamfs.home import Home, HomeLock
+from streamfs.sources import Transports, make_source
+from streamfs.spec import MountOptions, StreamSpec
+
+log = logging.getLogger(__name__)
+
+MAX_TASKS = 100_000
+"""Requests in progress at a time. At pyfuse3's default of 99, that many blocked readers would freeze the mount."""
+LOCK_WAIT = 5.0
+"""Seconds to wait for a command that changes the catalogue just now."""
+READY_WITHIN = 60.0
+"""Seconds the parent waits for the daemon to say that the mount answers."""
+LOG_BYTES = 4 << 20
+"""The log starts anew at this size; one older file is kept."""
+SAVE_STEP = 1 << 20
+
+
+def start(home: Home, mountpoint: Path, options: MountOptions, foreground: bool) -> int:
+    """Mount, and serve the mount in the background (or here, with `foreground`, until it ends).
+
+    Returns the exit code: 0 once the mount answers (`foreground`: once it has ended in order). Raises StreamfsError
+    where it cannot be mounted; then nothing is left behind.
+    """
+    mountpoint = Path(os.path.realpath(mountpoint.parent)) / mountpoint.name
+    mounting.check_fuse()
+    home.prepare()
+    lock = home.lock(wait=LOCK_WAIT)
+    try:
+        mounting.prepare_mountpoint(mountpoint)
+        if foreground:
+            return _run(home, lock, mountpoint, options, _Readiness(None))
+        return _start_in_background(home, lock, mountpoint, options)
+    finally:
+        if lock.held:
+            lock.release()
+
+
+class _Readiness:
+    """How the daemon tells who started it that the mount answers, or why it never will."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+
+    def ready(self) -> None:
+        self._tell(b"ready\n")
+
+    def failed(self, reason: str) -> None:
+        self._tell(b"failed " + reason.encode("utf-8", "replace"))
+
+    def _tell(self, message: bytes) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.write(fd, message)
+            os.close(fd)
+
+
+def _start_in_background(home: Home, lock: HomeLock, mountpoint: Path, options: MountOptions) -> int:
+    listening, telling = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(listening)
+            code = _be_daemon(home, lock, mountpoint, options, telling)
+        finally:
+            os._exit(code)  # never back into the command line's own clean-up
+    os.close(telling)
+    os.waitpid(child, 0)  # the first child only forks again
+    lock.abandon()
+    with open(listening, "rb") as pipe:
+        answer = pipe.read()
+    if answer == b"ready\n":
+        return 0
+    reason = answer.removeprefix(b"failed ").decode("utf-8", "replace").strip()
+    raise StreamfsError(reason or f"the daemon ended before the mount answered; see {_log_path(home)}")
+
+
+def _be_daemon(home: Home, lock: HomeLock, mountpoint: Path, options: MountOptions, telling: int) -> int:
+    os.setsid()
+    if os.fork() != 0:
+        return 0
+    readiness = _Readiness(telling)
+    try:
+        _detach(home)
+        return _run(home, lock, mountpoint, options, readiness)
+    except StreamfsError as error:
+        log.error("%s", error)
+        readiness.failed(str(error))
+    except Exception as error:
+        log.exception("the daemon failed")
+        readiness.failed(f"the daemon failed: {error!r}; see {_log_path(home)}")
+    return 1
+
+
+def _detach(home: Home) -> None:
+    """Let go of the terminal and the working directory; log to a file."""
+    os.chdir("/")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    os.close(nothing)
+    handler = logging.handlers.RotatingFileHandler(_log_path(home), maxBytes=LOG_BYTES, backupCount=1)
+    _log_to(handler)
+
+
+def _log_path(home: Home) -> Path:
+    return home.state / "daemon.log"
+
+
+def _log_to(handler: logging.Handler) -> None:
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+
+
+def _run(home: Home, lock: HomeLock, mountpoint: Path, options: MountOptions, readiness: _Readiness) -> int:
+    if not logging.getLogger().handlers:
+        _log_to(logging.StreamHandler(sys.stderr))
+    os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold secrets and everybody's bytes
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    lock.record(home.socket_path)
+    trio.run(_serve, home, lock, mountpoint, options, readiness)
+    return 0
+
+
+@asynccontextmanager
+async def _filesystem(home: Home, options: MountOptions) -> AsyncIterator[FileSystem]:
+    """A loaded file system, its cache running, all of it closed in the end. The home's lock must be held."""
+    directory = Path(options.cache_dir) if options.cache_dir is not None else home.cache
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory != home.cache:
+        _check_private(directory)
+    with Catalog(home.catalog_path) as catalog:
+        async with Transports() as transports, trio.open_nursery() as nursery:
+            filesystem: FileSystem
+            cache = Cache(
+                directory,
+                memory=options.memory,
+                spill_threshold=options.spill_threshold,
+                size=options.cache_size,
+                ttl=options.ttl,
+                is_kept=lambda stream_id: filesystem.is_kept(stream_id),
+            )
+            filesystem = FileSystem(
+                catalog,
+                cache,
+                nursery,
+                make_source=lambda spec: make_source(spec, transports),
+                read_ahead=options.read_ahead,
+            )
+            nursery.start_soon(cache.run)
+            try:
+                filesystem.load()
+                yield filesystem
+            finally:
+                await filesystem.aclose()
+                nursery.cancel_scope.cancel()
+
+
+def _check_private(directory: Path) -> None:
+    info = directory.stat()
+    if info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        raise InvalidRequest(f"the cache directory {directory} must be yours alone: chmod 700 it")
+
+
+async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOptions, readiness: _Readiness) -> None:
+    # Imported here: everything but the mount itself works without pyfuse3.
+    import pyfuse3
+
+    from streamfs.fuse import Operations
+    from streamfs.interrupts import Interrupts
+
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async with _filesystem(home, options) as filesystem:
+            interrupts = Interrupts()
+            _mount(Operations(filesystem, interrupts), mountpoint, options)
+            life = _Life(filesystem, mountpoint)
+            try:
+                listener = listen(home.socket_path, lock)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(interrupts.run)
+                    nursery.start_soon(life.until_signal, signals)
+                    nursery.start_soon(serve, listener, life.handlers())
+                    nursery.start_soon(_announce, mountpoint, readiness)
+                    await life.until_unmounted(pyfuse3.main(max_tasks=MAX_TASKS))
+                    _remove_socket(listener)
+                    nursery.cancel_scope.cancel()
+            finally:
+                pyfuse3.close(unmount=False)
+                if mounting.is_mounted(mountpoint):
+                    await trio.to_thread.run_sync(mounting.unmount_quietly, mountpoint)
+
+
+def _remove_socket(listener: Listener) -> None:
+    # Before anything else ends: a command that comes now shall see no daemon rather than one that hangs.
+    listener.close()
+
+
+def _mount(operations: Any, mountpoint: Path, options: MountOptions) -> None:
+    import pyfuse3
+
+    settings = set(pyfuse3.default_options)
+    settings |= {"fsname=streamfs", "subtype=streamfs", "default_permissions", "max_read=1048576", "ro"}
+    settings -= {"ro"}  # rm and mv work in the mount
+    if options.allow_other:
+        settings.add("allow_other")
+    try:
+        pyfuse3.init(operations, str(mountpoint), settings)
+    except RuntimeError as error:
+        hint = ""
+        if options.allow_other and os.geteuid() != 0:
+            hint = " (--allow-other needs the line 'user_allow_other' in /etc/fuse.conf)"
+        raise StreamfsError(f"cannot mount on {mountpoint}{hint}: {error}") from error
+
+
+async def _announce(mountpoint: Path, readiness: _Readiness) -> None:
+    """Say that the mount is ready once it really answers."""
+    await trio.to_thread.run_sync(os.stat, mountpoint)
+    await trio.to_thread.run_sync(mounting.tune, mountpoint)
+    readiness.ready()
+
+
+class _Life:
+    """What ends the daemon, and what the control socket can ask of it."""
+
+    def __init__(self, filesystem: FileSystem, mountpoint: Path) -> None:
+        self._fs = filesystem
+        self._mountpoint = mountpoint
+        self._leaving = trio.Event()
+
+    async def until_signal(self, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            log.info("ending because of %s", signal.Signals(number).name)
+            self._leaving.set()
+
+    async def until_unmounted(self, main: Any) -> None:
+        """Serve requests until the mount is gone, or somebody asked us to leave."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._leave, nursery.cancel_scope)
+            await main
+            nursery.cancel_scope.cancel()
+
+    async def _leave(self, requests: trio.CancelScope) -> None:
+        await self._leaving.wait()
+        # First the waits: pyfuse3 would not end while a handler is blocked.
+        self._fs.fail_all()
+        await trio.to_thread.run_sync(mounting.unmount_quietly, self._mountpoint)
+        with trio.move_on_after(1.0):
+            await trio.sleep_forever()  # main ends by itself once the kernel has let go of the mount
+        requests.cancel()
+
+    def handlers(self) -> Mapping[str, Handler]:
+        return {
+            "ping": self._ping,
+            "add": self._add,
+            "add_many": self._add_many,
+            "remove": self._remove,
+            "rename": self._rename,
+            "list": self._list,
+            "status": self._status,
+            "persist": self._persist,
+            "evict": self._evict,
+            "verify": self._verify,
+            "shutdown": self._shutdown,
+        }
+
+    async def _ping(self, params: dict[str, Any]) -> Any:
+        return {"pid": os.getpid(), "mountpoint": os.fspath(self._mountpoint), "version": streamfs.__version__}
+
+    async def _add(self, params: dict[str, Any]) -> Any:
+        await self._fs.add([_spec(params["spec"])], replace=bool(params.get("replace", False)))
+
+    async def _add_many(self, params: dict[str, Any]) -> Any:
+        specs = [_spec(item) for item in params["specs"]]
+        await self._fs.add(specs, replace=bool(params.get("replace", False)), probe=bool(params.get("probe", False)))
+
+    async def _remove(self, params: dict[str, Any]) -> Any:
+        await self._fs.remove(params["names"])
+
+    async def _rename(self, params: dict[str, Any]) -> Any:
+        await self._fs.rename(params["old"], params["new"])
+
+    async def _list(self, params: dict[str, Any]) -> Any:
+        return list(self._fs.streams())
+
+    async def _status(self, params: dict[str, Any]) -> Any:
+        return list(self._fs.streams(params.get("names") or None))
+
+    async def _persist(self, params: dict[str, Any]) -> Any:
+        for name in params["names"]:
+            self._fs.named(name)  # all or none
+        for name in params["names"]:
+            await self._fs.persist(name, bool(params["on"]))
+
+    async def _evict(self, params: dict[str, Any]) -> Any:
+        if params.get("all"):
+            return self._fs.evict_all()
+        for name in params["names"]:
+            self._fs.named(name)
+        for name in params["names"]:
+            self._fs.evict(name)
+        return None
+
+    async def _verify(self, params: dict[str, Any]) -> Any:
+        return await self._fs.verify(params.get("names") or None)
+
+    async def _shutdown(self, params: dict[str, Any]) -> Any:
+        if not params.get("lazy", False):
+            await self._refuse_if_busy()
+        self._leaving.set()
+
+    async def _refuse_if_busy(self) -> None:
+        if self._fs.open_files:
+            raise Busy(f"{self._mountpoint} is in use ({self._fs.open_files} open files): close them, or use --lazy")
+
+
+def _spec(raw: Any) -> StreamSpec:
+    try:
+        return msgspec.convert(raw, StreamSpec)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"not a stream: {error}") from error
+
+
+def save_offline(
+    home: Home,
+    name: str,
+    write: Callable[[memoryview], None],
+    progress: Callable[[int, int | None], None],
+) -> None:
+    """Read all of a stream without a mount: each piece goes to `write`, in order, in the calling thread; then
+    `progress` gets (bytes so far, size or None). Raises StreamfsError, or what `write` raises."""
+
+    async def save() -> None:
+        async with _filesystem(home, MountOptions()) as filesystem:
+            opened = await filesystem.open(filesystem.inode_of(name))
+            position = 0
+            while piece := await filesystem.read(opened.handle, position, SAVE_STEP):
+                write(piece)
+                position += len(piece)
+                progress(position, filesystem.size_of(opened.handle))
+            filesystem.release(opened.handle)
+
+    home.prepare()
+    with home.lock(wait=LOCK_WAIT):
+        try:
+            trio.run(save)
+        except BaseExceptionGroup as group:
+            # The nursery wraps what went wrong; the command line wants the one error.
+            raise _innermost(group) from None
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

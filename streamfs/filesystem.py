@@ -1,0 +1,544 @@
+"""The file system: names to streams, handles, attributes. No FUSE types: `streamfs.fuse` adapts it, tests use it as
+it is, and so do `save` and the control socket.
+
+Everything runs in the trio thread. Looking (lookup, attributes, listings, xattrs) never awaits anything; only `open`
+and `read` wait for sources, each for its own stream.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import trio
+
+from streamfs import xattrs
+from streamfs.cache import Cache
+from streamfs.catalog import Catalog, Entry
+from streamfs.errors import (
+    AlreadyExists,
+    Closed,
+    IsDirectory,
+    NameTooLong,
+    NoAttribute,
+    NotDirectory,
+    NotFound,
+    NotPermitted,
+    SourceChanged,
+    StreamfsError,
+)
+from streamfs.generation import Context
+from streamfs.sources.base import Facts, Source
+from streamfs.spec import NAME_PART_BYTES, StreamSpec, UrlSource, check_name
+from streamfs.stream import Handle, Stream
+from streamfs.tree import ROOT, File, Folder, Node, Tree
+
+log = logging.getLogger(__name__)
+
+KNOWN_FOR = 3600.0
+"""Seconds the kernel may keep the attributes of a file whose size is known: an inode's size never changes again."""
+PROBES = 8
+"""Probes under way at a time."""
+PROBES_AT_START = 256
+"""Streams added while no daemon ran that are probed when one starts; a larger catalogue is not probed at all, so that
+mounting it costs no host a flood."""
+CLOSE_WITHIN = 4.0
+"""Seconds all streams together have to give back connections and processes at the end."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What `stat` shows. Times in seconds since the epoch; `timeout`: seconds the kernel may believe it."""
+
+    inode: int
+    folder: bool
+    size: int
+    links: int
+    modified: float
+    changed: float
+    timeout: float
+
+
+class Opened(NamedTuple):
+    """`direct`: the length is unknown, so the kernel must not cache and must pass every read on."""
+
+    handle: int
+    direct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """For statfs, in bytes."""
+
+    total: int
+    free: int
+    files: int
+
+
+class FileSystem:
+    """One catalogue shown as files. Made inside a running trio; `aclose` it."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        cache: Cache,
+        nursery: trio.Nursery,
+        *,
+        make_source: Callable[[StreamSpec], Source],
+        read_ahead: int,
+    ) -> None:
+        """`read_ahead` in bytes. Fetches, probes and persisting run in `nursery`."""
+        self._catalog = catalog
+        self._cache = cache
+        self._nursery = nursery
+        self._make_source = make_source
+        self._context = Context(nursery, cache, read_ahead, self._remember)
+        self._tree = Tree()
+        self._entries: dict[int, Entry] = {}
+        self._streams: dict[int, Stream] = {}  # made when first needed
+        self._removed: dict[int, Stream] = {}  # gone from the catalogue, but still open
+        self._handles: dict[int, tuple[Handle, File]] = {}
+        self._numbers = itertools.count(1)
+        self._catalog_turn = trio.CapacityLimiter(1)
+        self._probing = trio.CapacityLimiter(PROBES)
+        self._started = time.time()
+        self._closing = False
+
+    def load(self) -> None:
+        """Show what the catalogue holds, and go on with what is to be persisted. Blocks shortly; raises as Catalog."""
+        entries = self._catalog.all()
+        for entry in entries:
+            self._entries[entry.id] = entry
+            self._tree.add(entry)
+        self._cache.scan(self._entries)
+        for entry in entries:
+            if entry.persist:
+                self._stream(entry.id).set_entry(entry)
+        unprobed = [e for e in entries if e.probed is None and _wants_probe(e.spec)]
+        if len(unprobed) <= PROBES_AT_START:
+            for entry in unprobed:
+                self._nursery.start_soon(self._probe, self._stream(entry.id))
+
+    # Looking
+
+    def lookup(self, parent: int, name: bytes) -> Attributes:
+        """Raises NotFound, NotDirectory, NameTooLong."""
+        folder = self._folder(parent)
+        if name == b".":
+            return self._attributes(folder)
+        if name == b"..":
+            return self._attributes(folder.parent or folder)
+        _check_length(name)
+        return self._attributes(self._tree.child(folder, name))
+
+    def looked_up(self, inode: int) -> None:
+        """The kernel holds one more reference to the inode."""
+        self._tree.looked_up(self._tree.node(inode))
+
+    def forget(self, inode: int, count: int) -> None:
+        self._tree.forget(inode, count)
+
+    def attributes(self, inode: int) -> Attributes:
+        """Raises NotFound."""
+        return self._attributes(self._tree.node(inode))
+
+    def listing(self, inode: int) -> list[tuple[bytes, Attributes]]:
+        """Names and attributes in a folder, without "." and "..". Raises NotFound, NotDirectory."""
+        folder = self._folder(inode)
+        return [(name, self._attributes(node)) for name, node in folder.children.items()]
+
+    def usage(self) -> Usage:
+        try:
+            disk = os.statvfs(self._cache.directory)
+        except OSError:
+            return Usage(0, 0, len(self._entries))
+        return Usage(disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize, len(self._entries))
+
+    def _attributes(self, node: Node) -> Attributes:
+        if isinstance(node, Folder):
+            folders = sum(isinstance(child, Folder) for child in node.children.values()) if node.inode == ROOT else 0
+            return Attributes(node.inode, True, 4096, 2 + folders, self._started, self._started, 0.0)
+        entry = self._entries.get(node.stream_id)
+        stream = self._streams.get(node.stream_id) or self._removed.get(node.stream_id)
+        if node.generation is not None:
+            facts = node.generation.facts
+            size = node.generation.buffer.size
+            timeout = KNOWN_FOR if size is not None else 0.0
+        else:
+            facts = stream.facts if stream is not None else (entry and entry.facts) or Facts()
+            size = stream.size if stream is not None else _remembered_size(entry)
+            timeout = 0.0
+        node.told = size or node.told
+        added = entry.added if entry is not None else stream.entry.added if stream is not None else self._started
+        return Attributes(
+            inode=node.inode,
+            folder=False,
+            size=node.told,
+            links=1 if node.folder is not None else 0,
+            modified=facts.modified if facts.modified is not None else added,
+            changed=added,
+            timeout=timeout,
+        )
+
+    def _folder(self, inode: int) -> Folder:
+        node = self._tree.node(inode)
+        if not isinstance(node, Folder):
+            raise NotDirectory("not a folder")
+        return node
+
+    def _stream_of(self, inode: int) -> Stream:
+        node = self._tree.node(inode)
+        if isinstance(node, Folder):
+            raise NoAttribute("a folder has no stream")
+        removed = self._removed.get(node.stream_id)
+        return removed if removed is not None else self._stream(node.stream_id)
+
+    def _stream(self, stream_id: int) -> Stream:
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            entry = self._entries.get(stream_id)
+            if entry is None:
+                raise NotFound("the stream was removed")
+            stream = self._streams[stream_id] = Stream(entry, self._make_source(entry.spec), self._context)
+        return stream
+
+    # Files
+
+    async def open(self, inode: int) -> Opened:
+        """Open a file. Waits until the length is known where the source can tell, at most the stall timeout.
+
+        Raises the source's failure; SourceChanged (ESTALE) where the name now stands for another version: the kernel
+        then looks the name up again, gets the new inode, and comes back with that.
+        """
+        if self._closing:
+            raise Closed("streamfs is shutting down")
+        file = self._tree.node(inode)
+        if isinstance(file, Folder):
+            raise IsDirectory("a folder")
+        handle = await self._stream(file.stream_id).open()
+        try:
+            self._bind(file, handle)
+        except BaseException:
+            handle.close()
+            raise
+        number = next(self._numbers)
+        self._handles[number] = (handle, file)
+        return Opened(number, direct=handle.size is None)
+
+    def _bind(self, file: File, handle: Handle) -> None:
+        """Make sure that the inode and the handle mean the same version, now and for good."""
+        generation = handle.generation
+        size = handle.size
+        if file.generation is None and (file.told in (0, size)):
+            file.generation = generation
+        elif file.generation is not generation:
+            successor = self._tree.succeed(file)
+            while successor.generation not in (None, generation):
+                successor = self._tree.succeed(successor)
+            successor.generation = generation
+            raise SourceChanged("the file has a new version")
+
+    def read_now(self, number: int, offset: int, size: int) -> memoryview | None:
+        """What `read` would give, if that is in memory; None where it would have to wait or fails."""
+        opened = self._handles.get(number)
+        return None if opened is None else opened[0].read_now(offset, size)
+
+    async def read(self, number: int, offset: int, size: int, *, partial: bool = False) -> memoryview:
+        """As Handle.read. Raises NotFound for a handle that is not open."""
+        opened = self._handles.get(number)
+        if opened is None:
+            raise NotFound("not an open file")
+        return await opened[0].read(offset, size, partial=partial)
+
+    def release(self, number: int) -> None:
+        opened = self._handles.pop(number, None)
+        if opened is None:
+            return
+        handle, file = opened
+        handle.close()
+        removed = self._removed.get(file.stream_id)
+        if removed is not None and not removed.readers:
+            del self._removed[file.stream_id]
+            self._nursery.start_soon(removed.aclose)
+
+    # Extended attributes
+
+    def get_attribute(self, inode: int, name: str) -> bytes:
+        """Raises NoAttribute."""
+        value = xattrs.read_one(self._stream_of(inode), name)
+        if value is None:
+            raise NoAttribute(f"no attribute {name!r}")
+        return os.fsencode(value)
+
+    def list_attributes(self, inode: int) -> list[str]:
+        if isinstance(self._tree.node(inode), Folder):
+            return []
+        return list(xattrs.read_all(self._stream_of(inode)))
+
+    async def set_attribute(self, inode: int, name: str, value: bytes) -> None:
+        """Only persist can be set. Raises InvalidRequest for a bad value, NotPermitted for other attributes."""
+        stream = self._stream_of(inode)
+        if name not in xattrs.PERSIST:
+            raise NotPermitted(f"{name} cannot be set")
+        await self.persist(stream.entry.name, xattrs.parse_persist(value))
+
+    # Changes, by the mount's owner or through the control socket
+
+    async def add(self, specs: Iterable[StreamSpec], *, replace: bool = False, probe: bool = True) -> list[Entry]:
+        """Register streams, all or none; they show at once. Raises as Catalog.add_many."""
+        before = {e.name: e for e in self._entries.values()} if replace else {}
+        entries = await self._change(self._catalog.add_many, list(specs), replace)
+        for entry in entries:
+            old = before.get(entry.name)
+            if old is not None and old.id != entry.id:
+                self._drop(old)
+            self._entries[entry.id] = entry
+            self._tree.add(entry)
+            if probe and entry.probed is None and _wants_probe(entry.spec):
+                self._nursery.start_soon(self._probe, self._stream(entry.id))
+            if entry.spec.options.eager:
+                self._nursery.start_soon(self._start_eagerly, self._stream(entry.id))
+        return entries
+
+    async def remove(self, names: Iterable[str]) -> None:
+        """Forget streams, all or none. Who has one open keeps what is there. Raises NotFound."""
+        for entry in await self._change(self._catalog.remove, list(names)):
+            self._drop(entry)
+
+    async def unlink(self, parent: int, name: bytes) -> None:
+        """`rm` in the mount. Raises NotFound, IsDirectory."""
+        folder = self._folder(parent)
+        if isinstance(self._tree.child(folder, name), Folder):
+            raise IsDirectory("a folder")
+        await self.remove([self._tree.path_of(folder, name)])
+
+    async def rename(self, old: str, new: str, *, replace: bool = False) -> None:
+        """Rename a stream or a folder of streams. Raises as Catalog.rename."""
+        check_name(new)
+        there = self._find(new) if replace else None
+        gone = self._entries[there.stream_id] if isinstance(there, File) else None
+        moved = await self._change(self._catalog.rename, old, new, replace)
+        if gone is not None and moved and all(entry.id != gone.id for entry in moved):
+            self._drop(gone)
+        for entry in moved:
+            self._replace_entry(entry)
+            self._tree.add(entry)
+
+    async def move(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, replace: bool) -> None:
+        """`mv` in the mount, as rename(2). Raises NotFound, AlreadyExists, IsDirectory, NotDirectory, NameTooLong."""
+        _check_length(new_name)
+        source, target = self._folder(parent), self._folder(new_parent)
+        node = self._tree.child(source, name)
+        there = target.children.get(new_name)
+        if there is not None and not replace:
+            raise AlreadyExists("the name is taken")
+        if isinstance(there, Folder) and not isinstance(node, Folder):
+            raise IsDirectory("the name is a folder's")
+        if isinstance(there, File) and isinstance(node, Folder):
+            raise NotDirectory("the name is a file's")
+        await self.rename(self._tree.path_of(source, name), self._tree.path_of(target, new_name), replace=replace)
+
+    async def persist(self, name: str, on: bool) -> None:
+        """Start or stop keeping the whole resource. Raises NotFound."""
+        entry = self.named(name)
+        self._replace_entry(await self._change(self._catalog.set_persist, entry.id, on))
+
+    def evict(self, name: str) -> None:
+        """Drop the stream's cached bytes. Raises NotFound, NotPermitted where it is persisted."""
+        self._stream(self.named(name).id).evict()
+
+    def evict_all(self) -> None:
+        """Drop all cached bytes but those of persisted streams."""
+        for entry in list(self._entries.values()):
+            if not entry.persist:
+                stream = self._streams.get(entry.id)
+                if stream is not None:
+                    stream.evict()
+                else:
+                    self._cache.forget_dormant(entry.id)
+
+    async def verify(self, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+        """Check every cached block of the streams (None: of all) that are on disk; damaged ones are dropped.
+        Gives {"name", "ok", "detail"} for each."""
+        entries = list(self._entries.values()) if names is None else [self.named(name) for name in names]
+        return [await self._verified(entry) for entry in entries]
+
+    async def _verified(self, entry: Entry) -> dict[str, Any]:
+        stream = self._stream(entry.id)
+        blocks, damaged = await stream.verify()
+        detail = f"{blocks} blocks on disk are whole"
+        if damaged:
+            places = ", ".join(f"{a}-{b}" for a, b in damaged[:4]) + (", …" if len(damaged) > 4 else "")
+            detail = f"{len(damaged)} of {blocks} blocks on disk were damaged, at bytes {places}"
+        return {"name": entry.name, "ok": not damaged, "detail": detail}
+
+    @property
+    def open_files(self) -> int:
+        return len(self._handles)
+
+    def size_of(self, number: int) -> int | None:
+        """The length of an open file, None while unknown."""
+        return self._handles[number][0].size
+
+    def is_kept(self, stream_id: int) -> bool:
+        """Whether the stream is persisted."""
+        entry = self._entries.get(stream_id)
+        return entry is not None and entry.persist
+
+    def named(self, name: str) -> Entry:
+        """Raises NotFound."""
+        node = self._find(name)
+        if node is None:
+            raise NotFound(f"no stream {name!r}")
+        if isinstance(node, Folder):
+            raise NotFound(f"{name!r} is a folder, not a stream")
+        return self._entries[node.stream_id]
+
+    def _find(self, name: str) -> Node | None:
+        node: Node | None = self._tree.root
+        for part in os.fsencode(name).split(b"/"):
+            node = node.children.get(part) if isinstance(node, Folder) else None
+        return node
+
+    def inode_of(self, name: str) -> int:
+        """Raises NotFound."""
+        return self._tree.file_of(self.named(name).id).inode
+
+    def streams(self, names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
+        """What `ls --json` and `status --json` say of each stream, in the order of names."""
+        entries = (
+            sorted(self._entries.values(), key=lambda e: os.fsencode(e.name))
+            if names is None
+            else [self.named(name) for name in names]
+        )
+        return (self._described(entry) for entry in entries)
+
+    def _described(self, entry: Entry) -> dict[str, Any]:
+        stream = self._streams.get(entry.id)
+        shown: dict[str, Any] = {
+            "name": entry.name,
+            "source": entry.spec.described(),
+            "state": "idle",
+            "size": _remembered_size(entry),
+            "buffered": 0,
+            "readers": 0,
+            "persist": entry.persist,
+            "error": None,
+            "kind": "url" if isinstance(entry.spec.source, UrlSource) else "command",
+            "mime": entry.facts.mime if entry.facts is not None else None,
+            "modified": entry.facts.modified if entry.facts is not None else None,
+        }
+        if stream is not None:
+            problem = stream.problem
+            shown |= {
+                "state": stream.state,
+                "size": stream.size,
+                "buffered": stream.buffered,
+                "readers": stream.readers,
+                "error": str(problem) if problem is not None else None,
+                "mime": stream.facts.mime,
+                "modified": stream.facts.modified,
+                "generation": stream.generation.number if stream.generation is not None else None,
+                "exit": stream.exit_status,
+                "stderr": stream.stderr_tail or None,
+                "persisted_path": str(stream.persisted_path) if stream.persisted_path is not None else None,
+            }
+        return shown
+
+    def _drop(self, entry: Entry) -> None:
+        """The catalogue has forgotten the entry: so do we, but for those who have it open."""
+        self._entries.pop(entry.id, None)
+        self._tree.remove(entry.id)
+        stream = self._streams.pop(entry.id, None)
+        if stream is None:
+            self._cache.forget_dormant(entry.id)
+            return
+        stream.remove()
+        if stream.readers:
+            self._removed[entry.id] = stream
+        else:
+            self._nursery.start_soon(stream.aclose)
+
+    def _replace_entry(self, entry: Entry) -> None:
+        if entry.id not in self._entries:
+            return  # removed meanwhile
+        self._entries[entry.id] = entry
+        stream = self._streams.get(entry.id)
+        if stream is not None:
+            stream.set_entry(entry)
+        elif entry.persist:
+            self._stream(entry.id).set_entry(entry)
+
+    async def _change(self, method: Callable[..., T], *arguments: Any) -> T:
+        """Run one catalogue transaction in a worker thread: it waits for the disk. What follows it must not be cut
+        off by a cancelled request, or the mount would show another state than the catalogue."""
+        with trio.CancelScope(shield=True):
+            result = await trio.to_thread.run_sync(method, *arguments, limiter=self._catalog_turn)
+        return result
+
+    # In the background
+
+    def _remember(self, stream_id: int, facts: Facts) -> None:
+        if not self._closing:
+            self._nursery.start_soon(self._keep_facts, stream_id, facts)
+
+    async def _keep_facts(self, stream_id: int, facts: Facts) -> None:
+        try:
+            self._replace_entry(await self._change(self._catalog.remember, stream_id, facts))
+        except NotFound:
+            log.debug("stream %d was removed before its facts were kept", stream_id)
+        except StreamfsError as error:
+            log.warning("cannot keep what stream %d said of itself: %s", stream_id, error)
+
+    async def _probe(self, stream: Stream) -> None:
+        async with self._probing:
+            await stream.probe()
+
+    async def _start_eagerly(self, stream: Stream) -> None:
+        try:
+            handle = await stream.open()
+        except StreamfsError as error:
+            log.warning("cannot start stream %d: %s", stream.entry.id, error)
+            return
+        handle.generation.demand(0, 1)
+        handle.close()
+
+    def fail_all(self) -> None:
+        """Every open file fails from now on: the mount is about to end."""
+        self._closing = True
+        for stream in (*self._streams.values(), *self._removed.values()):
+            stream.interrupt(Closed("streamfs is shutting down"))
+
+    async def aclose(self) -> None:
+        """Give everything back: connections, processes, memory. Bounded by CLOSE_WITHIN seconds."""
+        self.fail_all()
+        with trio.move_on_after(CLOSE_WITHIN, shield=True) as patience:
+            async with trio.open_nursery() as nursery:
+                for stream in (*self._streams.values(), *self._removed.values()):
+                    nursery.start_soon(stream.aclose)
+        if patience.cancelled_caught:
+            log.warning("some sources did not end within %g s", CLOSE_WITHIN)
+
+
+def _wants_probe(spec: StreamSpec) -> bool:
+    return spec.options.probe and isinstance(spec.source, UrlSource)
+
+
+def _remembered_size(entry: Entry | None) -> int | None:
+    if entry is None:
+        return None
+    if entry.spec.options.size is not None:
+        return entry.spec.options.size
+    return entry.facts.size if entry.facts is not None else None
+
+
+def _check_length(name: bytes) -> None:
+    if len(name) > NAME_PART_BYTES:
+        raise NameTooLong(f"a name is at most {NAME_PART_BYTES} bytes")

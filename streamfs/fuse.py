@@ -1,0 +1,255 @@
+"""The pyfuse3 adapter: its types to ours and back, errors to errno, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import pyfuse3
+from pyfuse3 import FileHandleT, FileNameT, InodeT, RequestContext, XAttrNameT
+
+from streamfs.errors import StreamfsError
+from streamfs.filesystem import Attributes, FileSystem
+from streamfs.interrupts import Interrupts
+
+log = logging.getLogger(__name__)
+
+_NANOSECONDS = 10**9
+_Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
+
+
+def _guarded(handler: _Handler) -> _Handler:
+    """Any exception but FUSEError that left a handler would end the whole mount."""
+
+    @functools.wraps(handler)
+    async def guarded(*arguments: Any, **named: Any) -> Any:
+        try:
+            return await handler(*arguments, **named)
+        except pyfuse3.FUSEError:
+            raise
+        except StreamfsError as error:
+            raise pyfuse3.FUSEError(error.errno) from error
+        except Exception as bug:
+            log.exception("%s failed in an unforeseen way", handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from bug
+
+    return guarded  # type: ignore[return-value]
+
+
+class Operations(pyfuse3.Operations):
+    """What the kernel asks, answered by a FileSystem."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, filesystem: FileSystem, interrupts: Interrupts) -> None:
+        super().__init__()
+        self._fs = filesystem
+        self._interrupts = interrupts
+        self._listings: dict[int, list[tuple[bytes, Attributes]]] = {}
+        self._direct: dict[int, bool] = {}
+        self._openers: dict[int, int] = {}  # pid by handle
+        self._next_listing = 1
+        self._uid, self._gid = os.getuid(), os.getgid()
+
+    # Names
+
+    @_guarded
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
+        found = self._fs.lookup(parent_inode, name)
+        self._fs.looked_up(found.inode)
+        return self._entry(found)
+
+    @_guarded
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, count in inode_list:
+            self._fs.forget(inode, count)
+
+    @_guarded
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
+        return self._entry(self._fs.attributes(inode))
+
+    @_guarded
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        number = self._next_listing
+        self._next_listing += 1
+        self._listings[number] = self._fs.listing(inode)
+        return FileHandleT(number)
+
+    @_guarded
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        listing = self._listings[fh]
+        for index in range(start_id, len(listing)):
+            name, found = listing[index]
+            if not pyfuse3.readdir_reply(token, FileNameT(name), self._entry(found), index + 1):
+                return
+            self._fs.looked_up(found.inode)
+
+    @_guarded
+    async def releasedir(self, fh: FileHandleT) -> None:
+        self._listings.pop(fh, None)
+
+    @_guarded
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        self._check_owner(ctx)
+        await self._fs.unlink(parent_inode, name)
+
+    @_guarded
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        self._check_owner(ctx)
+        if flags & ~pyfuse3.RENAME_NOREPLACE:
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        replace = not flags & pyfuse3.RENAME_NOREPLACE
+        await self._fs.move(parent_inode_old, name_old, parent_inode_new, name_new, replace=replace)
+
+    # Files
+
+    @_guarded
+    async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> pyfuse3.FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise pyfuse3.FUSEError(errno.EACCES)
+        with self._interrupts.watch(ctx.pid):
+            opened = await self._fs.open(inode)
+        self._direct[opened.handle] = opened.direct
+        self._openers[opened.handle] = ctx.pid
+        # Pages may stay in the kernel's cache from open to open: an inode's bytes never change.
+        return pyfuse3.FileInfo(fh=FileHandleT(opened.handle), direct_io=opened.direct, keep_cache=not opened.direct)
+
+    @_guarded
+    async def read(self, fh: FileHandleT, off: int, size: int) -> Any:
+        found = self._fs.read_now(fh, off, size)
+        if found is not None:
+            return found
+        with self._interrupts.watch(self._openers.get(fh, 0)):
+            return await self._fs.read(fh, off, size, partial=self._direct.get(fh, False))
+
+    @_guarded
+    async def release(self, fh: FileHandleT) -> None:
+        self._direct.pop(fh, None)
+        self._openers.pop(fh, None)
+        self._fs.release(fh)
+
+    @_guarded
+    async def flush(self, fh: FileHandleT) -> None:
+        return
+
+    @_guarded
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        return
+
+    @_guarded
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        raise pyfuse3.FUSEError(errno.EACCES)
+
+    # Extended attributes
+
+    @_guarded
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        return self._fs.get_attribute(inode, os.fsdecode(name))
+
+    @_guarded
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        return [XAttrNameT(name.encode()) for name in self._fs.list_attributes(inode)]
+
+    @_guarded
+    async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
+        self._check_owner(ctx)
+        await self._fs.set_attribute(inode, os.fsdecode(name), value)
+
+    @_guarded
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        raise pyfuse3.FUSEError(errno.EACCES)
+
+    # The whole
+
+    @_guarded
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        usage = self._fs.usage()
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = 4096
+        answer.f_blocks = usage.total // 4096
+        answer.f_bfree = answer.f_bavail = usage.free // 4096
+        answer.f_files = usage.files
+        answer.f_ffree = answer.f_favail = 0
+        answer.f_namemax = 255
+        return answer
+
+    @_guarded
+    async def access(self, inode: InodeT, mode: int, ctx: RequestContext) -> bool:
+        return True  # default_permissions: the kernel checks modes
+
+    @_guarded
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: int, rdev: int, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        raise pyfuse3.FUSEError(errno.EACCES)
+
+    @_guarded
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        raise pyfuse3.FUSEError(errno.EACCES)
+
+    @_guarded
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: int, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        raise pyfuse3.FUSEError(errno.EACCES)
+
+    @_guarded
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        self._fs.lookup(parent_inode, name)
+        raise pyfuse3.FUSEError(errno.ENOTEMPTY)  # an empty folder does not exist
+
+    @_guarded
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        raise pyfuse3.FUSEError(errno.EACCES)
+
+    @_guarded
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        raise pyfuse3.FUSEError(errno.EACCES)
+
+    # Helpers
+
+    def _check_owner(self, ctx: RequestContext) -> None:
+        """Only who mounted, or root, changes anything: the kernel's own check knows modes, not streams."""
+        if ctx.uid not in (self._uid, 0):
+            raise pyfuse3.FUSEError(errno.EACCES)
+
+    def _entry(self, found: Attributes) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = InodeT(found.inode)
+        entry.st_mode = pyfuse3.ModeT(0o040755 if found.folder else 0o100644)
+        entry.st_nlink = found.links
+        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.st_size = found.size
+        entry.st_blksize = 1 << 20  # programs that ask (cp, cat) then read in large steps
+        entry.st_blocks = (found.size + 511) // 512
+        entry.st_mtime_ns = entry.st_atime_ns = int(found.modified * _NANOSECONDS)
+        entry.st_ctime_ns = int(found.changed * _NANOSECONDS)
+        entry.entry_timeout = 0.0  # names change at once when the catalogue does
+        entry.attr_timeout = found.timeout
+        return entry

@@ -1,0 +1,86 @@
+"""Readers that were told to stop. pyfuse3 shows no FUSE INTERRUPT, so a process that waits in a read of ours would
+survive even SIGKILL. What can be seen is in /proc: a signal that would end the process stays pending while it waits.
+
+One task looks at all waiting processes together, so a thousand waits cost one look each, not a task each. The
+process that opened a file is taken for the one that reads; where another does the reading (a file passed on), it is
+not seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import trio
+
+from streamfs.errors import Interrupted
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY = 0.25
+"""Seconds between looks: a reader is gone well within the second that is promised."""
+_SIGKILL = 1 << 8  # bit of signal 9 in /proc's masks; the kernel also sets it for any signal that is fatal
+
+
+class Interrupts:
+    """Watches processes that wait in a handler; `run` must be running."""
+
+    def __init__(self) -> None:
+        self._waits: defaultdict[int, set[trio.CancelScope]] = defaultdict(set)
+        self._some = trio.Event()
+
+    @contextmanager
+    def watch(self, pid: int) -> Iterator[None]:
+        """Raises Interrupted out of the block once process `pid` (or a thread's id) was told to end. 0: no watch."""
+        if not pid:
+            yield
+            return
+        with trio.CancelScope() as scope:
+            self._waits[pid].add(scope)
+            self._some.set()
+            try:
+                yield
+            finally:
+                waits = self._waits[pid]
+                waits.discard(scope)
+                if not waits:
+                    del self._waits[pid]
+        if scope.cancelled_caught:
+            raise Interrupted("the reading program was told to stop")
+
+    async def run(self) -> None:
+        """Look at who waits, for ever; sleeps while nobody does."""
+        while True:
+            if not self._waits:
+                self._some = trio.Event()
+                await self._some.wait()
+            await trio.sleep(LOOK_EVERY)
+            for pid in list(self._waits):
+                try:
+                    ended = _is_being_killed(pid)
+                except OSError as error:
+                    log.debug("cannot look at process %d: %s", pid, error)
+                    continue
+                if ended:
+                    for scope in list(self._waits.get(pid, ())):
+                        scope.cancel()
+
+
+def _is_being_killed(pid: int) -> bool:
+    """Whether a fatal signal waits for the process, or it is gone. Reading /proc never blocks. Raises OSError."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    except FileNotFoundError:
+        return True
+    for task in tasks:
+        try:
+            status = (task / "status").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # this thread has ended
+        for line in status.splitlines():
+            if line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line.split()[1], 16) & _SIGKILL:
+                return True
+    return False
