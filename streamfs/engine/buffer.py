@@ -291,7 +291,7 @@ class Buffer:
 
     def spill(self, most: int = SPILL_BATCH, *, all_of_it: bool = False) -> int:
         """Move about `most` bytes from memory to the recording, in whole pieces; returns how many moved, 0 where
-        nothing can. What a writer is filling stays, unless `all_of_it`; the piece it fills at this moment stays even so.
+        nothing can. What a writer is filling stays, unless `all_of_it`; what it fills at this moment stays even then.
 
         Blocks on the disk and on another thread that spills: call it from a worker thread. Reads go on meanwhile.
         Raises OSError; then the bytes stay in memory.

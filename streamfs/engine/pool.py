@@ -20,7 +20,8 @@ class Pool:
     """Pieces of SMALL or LARGE bytes; all of them together stay within `budget` bytes.
 
     Thread-safe; its lock is a leaf: nothing else is locked and nothing waits while it is held. `on_give` is
-    called without the lock, from whichever thread gave a piece back, so that who waits for memory can be woken.
+    called without this lock, from whichever thread gave a piece back and perhaps under a buffer's lock, so that who
+    waits for memory can be woken: it must only signal.
     """
 
     def __init__(self, budget: int, on_give: Callable[[], None] | None = None) -> None:

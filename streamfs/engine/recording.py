@@ -19,6 +19,7 @@ import os
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ class Recording:
         self._starts = array("Q")  # INVARIANT: sorted; extents are disjoint
         self._stops = array("Q")
         self._crcs = array("I")
+        self._drops: deque[Extent] = deque()  # taken out of the table, not yet out of the index
         self._allocated = 0  # the data file is allocated up to here, for sequential appends
         self._nowait = True
 
@@ -122,7 +124,15 @@ class Recording:
     @classmethod
     def anonymous(cls, folder: str | os.PathLike[str]) -> Recording:
         """A recording without names or index in `folder`; it goes when the object goes. Raises OSError."""
-        data = _File(folder, os.O_RDWR | os.O_TMPFILE)
+        try:
+            data = _File(folder, os.O_RDWR | os.O_TMPFILE)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
+                raise
+            # This file system knows no unnamed files.
+            path = Path(folder, f"streamfs-{os.urandom(8).hex()}")
+            data = _File(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            path.unlink()
         return cls(data, None, Header(key=os.urandom(16).hex(), generation=0), None)
 
     @classmethod
@@ -162,6 +172,7 @@ class Recording:
             if check != _entry_check(offset, length, crc, kind):
                 break
             if kind == _DATA:
+                self._remove(offset, offset + length)  # a drop may have gone unlogged
                 self.publish([Extent(offset, offset + length, crc)])
             elif kind == _DROP:
                 self._remove(offset, offset + length)
@@ -188,6 +199,7 @@ class Recording:
                 crc = self._crc(start, view[position : position + length])
                 extents.append(Extent(start, start + length, crc))
                 position += length
+        self.log_drops()
         self._log([(e.start, e.stop - e.start, e.crc, _DATA) for e in extents])
         return extents
 
@@ -214,10 +226,20 @@ class Recording:
         os.ftruncate(self._data.fd, size)
         os.fsync(self._data.fd)
         if self._index is not None and self.path is not None:
+            self.log_drops()
             self._log([(size, 0, 0, _END)])
             os.fsync(self._index.fd)
             _sync_folder(self.path.parent)
         self.size = size
+
+    def log_drops(self) -> None:
+        """Write to the index what `drop` took back. One thread at a time, as `append`. Raises OSError; then it is
+        still to be written."""
+        count = len(self._drops)  # others may add to it meanwhile
+        if count:
+            self._log([(e.start, e.stop - e.start, 0, _DROP) for e in list(self._drops)[:count]])
+            for _ in range(count):
+                self._drops.popleft()
 
     def _log(self, entries: Sequence[tuple[int, int, int, int]]) -> None:
         if self._index is None:
@@ -254,10 +276,12 @@ class Recording:
         """All bytes that extents cover."""
         return RangeSet(zip(self._starts, self._stops, strict=True))
 
-    def drop(self, start: int, stop: int) -> None:
-        """Take start..stop back, whole extents only: those that overlap it no longer count. Raises OSError."""
+    def drop(self, start: int, stop: int) -> list[Extent]:
+        """Take start..stop back, whole extents only: those that overlap it no longer count, and are returned. The
+        index learns of it with `log_drops`."""
         removed = self._remove(start, stop)
-        self._log([(e.start, e.stop - e.start, 0, _DROP) for e in removed])
+        self._drops.extend(removed)
+        return removed
 
     def _remove(self, start: int, stop: int) -> list[Extent]:
         removed = self.extents(start, stop)
@@ -294,9 +318,9 @@ class Recording:
                 if not wait:
                     self._nowait = error.errno not in (errno.EOPNOTSUPP, errno.EINVAL)
                     return False
-                raise DamagedExtent(start + done, extents[-1].stop) from error
+                raise _damaged(extents, start + done) from error
             if count == 0:
-                raise DamagedExtent(start + done, extents[-1].stop)
+                raise _damaged(extents, start + done)
             done += count
             if not wait and done < length:
                 return False
@@ -323,6 +347,12 @@ def unlink_recording(path: Path) -> None:
     """Remove a recording by the path of its data file; the index first, so that no index outlives its data."""
     _index_path(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+
+
+def _damaged(extents: Sequence[Extent], offset: int) -> DamagedExtent:
+    """The damage of the whole extent that holds `offset`."""
+    extent = next(e for e in extents if e.start <= offset < e.stop)
+    return DamagedExtent(extent.start, extent.stop)
 
 
 def _index_path(path: Path) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from streamfs.engine.ranges import RangeSet
-from streamfs.errors import Closed, Damaged, OutsideWindow, SourceFailed, StreamfsError
+from streamfs.errors import Damaged, OutsideWindow, SourceFailed, StreamfsError
 
 
 class Want(NamedTuple):
@@ -178,8 +178,6 @@ class BufferState:
 def again(error: StreamfsError) -> StreamfsError:
     """A fresh exception that says the same, chained to the first: one instance raised in many readers would grow
     a traceback in each."""
-    if isinstance(error, Closed):
-        return error
     copy = type(error).__new__(type(error))
     copy.args = error.args
     copy.__dict__.update(error.__dict__)

@@ -20,24 +20,31 @@ is read on for long."""
 
 
 class Segment:
-    """A memory piece that holds the bytes from `start` to `start + filled`; it is only ever appended to."""
+    """A memory piece that holds the bytes from `start` to `start + filled`; it is only ever appended to.
 
-    __slots__ = ("capacity", "filled", "piece", "sealed", "spilling", "start")
+    Its first writer alone appends to it, so a writer keeps its segment, and no two writers share a piece.
+    """
+
+    __slots__ = ("base", "capacity", "filled", "lent", "piece", "sealed", "spilling", "start")
 
     def __init__(self, start: int, piece: bytearray, capacity: int) -> None:
         self.start = start
         self.piece = piece
+        self.base = 0  # where in the piece `start` rests; moves when bytes went to disk under the writer's hands
         self.capacity = capacity  # bytes of the piece that may be used; ends at an aligned offset
         self.filled = 0
         self.sealed = False  # no more is appended: it is full, its writer left, or it goes to disk
-        self.spilling = False  # somebody is writing it to disk; INVARIANT: implies sealed
+        self.lent = False  # its writer holds a view of the rest: the piece cannot be given back
+        self.spilling = False  # somebody is writing its bytes to disk; INVARIANT: implies sealed or lent
 
     @property
     def stop(self) -> int:
         return self.start + self.filled
 
-    def content(self) -> memoryview:
-        return memoryview(self.piece)[: self.filled]
+    def content(self, start: int, stop: int) -> memoryview:
+        """The bytes from `start` to `stop`, offsets in the stream."""
+        shift = self.base - self.start
+        return memoryview(self.piece)[shift + start : shift + stop]
 
     def __lt__(self, other: Segment) -> bool:
         return self.start < other.start
@@ -85,45 +92,46 @@ class Store:
     def __init__(self, pool: Pool, recording: Recording | None = None) -> None:
         self._pool = pool
         self.recording = recording
-        self._segments: list[Segment] = []  # INVARIANT: sorted by start, disjoint
-        self.memory = 0  # bytes of pieces held
-        self._open: dict[int, Segment] = {}  # unsealed segments by the offset where they go on
+        self._segments: list[Segment] = []  # INVARIANT: sorted by start, disjoint, none empty
+        self.memory = 0  # bytes of pieces held, those of still empty segments too
+        self._cleared = False  # nothing is kept any more: pieces go back as soon as nobody works on them
 
     # Writing
 
-    def room(self, position: int, run: int) -> memoryview | None:
-        """Memory for the bytes from `position` on, at least one byte; None where the pool has no piece left.
+    def room(self, segment: Segment | None, position: int, run: int) -> Segment | None:
+        """A segment that takes the bytes from `position` on: the writer's own `segment` while it has room, or a new
+        one; None where the pool has no piece left. Nothing is stored until `wrote`, and the segment is the writer's
+        until `leave`.
 
-        `run`: how many bytes the writer brought before, in one go. Nothing is stored until `wrote`.
+        `run`: how many bytes the writer brought before, in one go.
         """
-        segment = self._open.get(position)
-        if segment is None:
+        if segment is None or segment.sealed:
             size = LARGE if run >= _SMALL_PIECES_FIRST and position % LARGE == 0 else SMALL
             piece = self._pool.take(size)
             if piece is None:
                 return None
             segment = Segment(position, piece, size - position % size)
-            insort(self._segments, segment)
-            self._open[position] = segment
             self.memory += size
-        return memoryview(segment.piece)[segment.filled : segment.capacity]
+        segment.lent = True
+        return segment
 
-    def wrote(self, position: int, count: int) -> None:
-        """The first `count` bytes of the room at `position` now hold the stream's bytes."""
-        segment = self._open.pop(position)
+    def wrote(self, segment: Segment, count: int) -> None:
+        """The next `count` bytes of the room in `segment` hold the stream's bytes; nobody else brought them."""
+        if not segment.lent or not 0 <= count <= segment.capacity - segment.base - segment.filled:
+            raise ValueError(f"there was no room for {count} bytes")
+        segment.lent = False
+        if count and not segment.filled:
+            insort(self._segments, segment)
         segment.filled += count
-        if segment.filled < segment.capacity:
-            self._open[position + count] = segment
-        else:
+        if segment.base + segment.filled >= segment.capacity:
             segment.sealed = True
 
-    def leave(self, position: int) -> None:
-        """The writer at `position` goes away. Its segment is sealed, or given back where nothing is in it."""
-        segment = self._open.pop(position, None)
-        if segment is not None:
-            segment.sealed = True
-            if not segment.filled:
-                self._remove(segment)
+    def leave(self, segment: Segment) -> None:
+        """The writer goes away. Its segment is sealed, or given back where nothing is in it."""
+        segment.lent = False
+        segment.sealed = True
+        if not segment.filled:
+            self._give(segment)
 
     # Reading
 
@@ -137,7 +145,7 @@ class Store:
         if index >= 0:
             segment = self._segments[index]
             if stop <= segment.stop:
-                return memoryview(segment.piece)[start - segment.start : stop - segment.start]
+                return segment.content(start, stop)
         return None
 
     def gather(self, start: int, stop: int) -> Gathered:
@@ -150,10 +158,9 @@ class Store:
             while index < len(self._segments) and self._segments[index].stop <= position:
                 index += 1
             segment = self._segments[index] if index < len(self._segments) else None
-            if segment is not None and segment.start <= position and segment.filled:
+            if segment is not None and segment.start <= position:
                 end = min(stop, segment.stop)
-                piece = memoryview(segment.piece)
-                out[position - start : end - start] = piece[position - segment.start : end - segment.start]
+                out[position - start : end - start] = segment.content(position, end)
             else:
                 end = stop if segment is None else min(stop, segment.start)
                 end = self._gather_disk(gathered, position, end)
@@ -161,10 +168,9 @@ class Store:
         return gathered
 
     def _gather_disk(self, gathered: Gathered, start: int, stop: int) -> int:
-        assert self.recording is not None, f"bytes {start} to {stop} are nowhere"
-        extents = self.recording.extents(start, stop)
-        assert extents, f"bytes {start} to {stop} are nowhere"
-        assert extents[0].start <= start, f"byte {start} is nowhere"
+        extents = [] if self.recording is None else self.recording.extents(start, stop)
+        if not extents or extents[0].start > start:
+            raise RuntimeError(f"byte {start} is marked present, but is nowhere")  # better than zeros
         run = [extents[0]]
         for extent in extents[1:]:
             if extent.start != run[-1].stop:
@@ -175,34 +181,50 @@ class Store:
 
     # Moving to disk
 
-    def take_spillable(self, most: int, *, all_of_it: bool = False) -> list[Segment]:
-        """Up to `most` bytes of segments to write to disk, lowest offsets first, sealed so that they stay as they
-        are. Segments that are still being filled are left out, unless `all_of_it`."""
+    def take_spillable(self, most: int, *, all_of_it: bool = False, lent: bool = False) -> list[Segment]:
+        """Segments with about `most` bytes to write to disk or to drop: whole ones, lowest offsets first, as many as
+        it takes to reach `most`. They stay as they are until `spilled`, `not_spilled` or `drop_memory`.
+
+        Segments that are still being filled are left out, unless `all_of_it`; then they are sealed. Those whose
+        writer is filling them at this moment are left out even so, unless `lent`: their piece stays with the writer.
+        """
         chosen: list[Segment] = []
         for segment in self._segments:
             if most <= 0:
                 break
-            if segment.spilling or not segment.filled or not (segment.sealed or all_of_it):
+            if segment.spilling or not (segment.sealed or (all_of_it and (lent or not segment.lent))):
                 continue
-            if not segment.sealed:
-                segment.sealed = True
-                self._open.pop(segment.stop, None)
+            segment.sealed = segment.sealed or not segment.lent
             segment.spilling = True
             chosen.append(segment)
             most -= segment.filled
         return chosen
 
-    def spilled(self, segments: Sequence[Segment], extents: Sequence[Extent]) -> None:
-        """`segments` are on disk: their bytes are read from there from now on, their pieces go back to the pool."""
+    def spilled(self, runs: Sequence[tuple[Segment, int]], extents: Sequence[Extent]) -> None:
+        """The first so many bytes of each segment are on disk: they are read from there from now on, and the pieces
+        go back to the pool."""
         if self.recording is not None:  # None: closed while they were being written
             self.recording.publish(extents)
-        for segment in segments:
-            self._remove(segment)
+        for segment, count in runs:
+            segment.spilling = False
+            if segment.sealed and count == segment.filled:
+                self._remove(segment)
+                continue
+            # Its writer goes on filling it: only what is written leaves, and the piece stays.
+            segment.start += count
+            segment.base += count
+            segment.filled -= count
+            if not segment.filled:
+                self._segments.remove(segment)
+            elif self._cleared:
+                self._remove(segment)
 
     def not_spilled(self, segments: Sequence[Segment]) -> None:
         """Writing them failed: the bytes stay in memory."""
         for segment in segments:
             segment.spilling = False
+            if self._cleared:
+                self._remove(segment)
 
     def drop_memory(self, segments: Sequence[Segment]) -> None:
         """Forget the bytes of sealed segments; the caller takes them out of what is present."""
@@ -210,20 +232,25 @@ class Store:
             self._remove(segment)
 
     def clear(self) -> None:
-        """Give every piece back."""
-        for segment in list(self._segments):
+        """Give every piece back, for good; what is being written to disk follows when that is done. No writer may
+        be left."""
+        self._cleared = True
+        for segment in [s for s in self._segments if not s.spilling]:
             self._remove(segment)
-        self._open.clear()
+
+    @property
+    def empty(self) -> bool:
+        """Whether no byte rests in memory."""
+        return not self._segments
 
     def _remove(self, segment: Segment) -> None:
         index = bisect_right(self._segments, segment.start, key=_start_of) - 1
-        # A new, still empty segment may share its start with none: starts are unique among segments with bytes,
-        # and an empty one is removed by its own writer only.
-        while index >= 0 and self._segments[index] is not segment:
-            index -= 1
-        if index < 0:
-            return
+        if index < 0 or self._segments[index] is not segment:
+            raise RuntimeError(f"the piece at byte {segment.start} was given back before")
         del self._segments[index]
+        self._give(segment)
+
+    def _give(self, segment: Segment) -> None:
         self.memory -= len(segment.piece)
         self._pool.give(segment.piece)
 

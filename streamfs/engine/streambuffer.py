@@ -10,7 +10,7 @@ import io
 import operator
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, SupportsIndex
 
@@ -52,7 +52,7 @@ class StreamBuffer:
         self._turn = threading.Lock()  # held by the reader that pulls; guards _chunks, _writer and _ended
         self._ended = False
         self._closed = False
-        self._limiter: trio.CapacityLimiter | None = None
+        self._limiter: tuple[trio.lowlevel.TrioToken, trio.CapacityLimiter] | None = None  # of the latest trio run
 
     # What is known
 
@@ -80,17 +80,23 @@ class StreamBuffer:
         where the stream broke before the last byte asked for, Closed after `close`.
         """
         offset, size = _checked(offset, size)
-        while True:
-            found = self._buffer.read_copy(offset, size)
-            if not isinstance(found, Missing):
-                return found
-            self._advance(offset, size)
+        try:
+            while True:
+                found = self._buffer.read_copy(offset, size)
+                if not isinstance(found, Missing):
+                    return found
+                self._advance(offset, size)
+        except BaseException:
+            self._look_again_if_idle()  # this reader may have been the one that was woken to take over
+            raise
 
     async def aread(self, offset: int, size: int) -> bytes:
         """As `read`, for trio: pulling happens in a worker thread. A cancelled read leaves the stream as it is;
-        a pull that hangs goes on in its thread and what it brings is kept."""
+        a pull that hangs goes on in its thread, to the end of its chunk, and what it brings is kept."""
         offset, size = _checked(offset, size)
         await trio.lowlevel.checkpoint()
+        wanted = threading.Event()
+        wanted.set()
         try:
             while True:
                 found: Any = self._buffer.copy(offset, size)
@@ -104,16 +110,19 @@ class StreamBuffer:
                     await self._buffer.wait_async(offset, size, self._look_again_if_idle)
                 else:
                     await trio.to_thread.run_sync(
-                        self._pull_if_free, offset, size, limiter=self._threads(), abandon_on_cancel=True
+                        self._pull_if_free, offset, size, wanted.is_set, limiter=self._threads(), abandon_on_cancel=True
                     )
-        except trio.Cancelled:
-            self._look_again_if_idle()  # this reader may have been the one that was woken to take over
+        except BaseException:
+            wanted.clear()
+            self._look_again_if_idle()  # as in `read`
             raise
 
     def _threads(self) -> trio.CapacityLimiter:
-        if self._limiter is None:
-            self._limiter = trio.CapacityLimiter(8)
-        return self._limiter
+        # A limiter belongs to one run: what a run left behind in a pull that hangs is not the next one's loss.
+        token, known = trio.lowlevel.current_trio_token(), self._limiter
+        if known is None or known[0] is not token:
+            known = self._limiter = (token, trio.CapacityLimiter(8))
+        return known[1]
 
     def __getitem__(self, index: SupportsIndex | slice) -> bytes | int:
         """`buf[a:b]` gives bytes and `buf[i]` an int, as for `bytes`. Negative and open ends read to the end of the
@@ -141,11 +150,9 @@ class StreamBuffer:
 
     def _drain(self) -> int:
         """Pull everything; the length."""
-        while self._buffer.size is None or not self._buffer.complete:
-            found = self._buffer.read_copy(self._buffer.buffered, 1)
-            if found == b"":
-                break
-            self._advance(self._buffer.buffered, 1)
+        while (gap := self._buffer.first_gap(0)) is not None:
+            self.read(gap, 1)
+        self._buffer.missing(0, 0)  # raises where the buffer is closed
         assert self._buffer.size is not None
         return self._buffer.size
 
@@ -160,14 +167,10 @@ class StreamBuffer:
         if self._pull_if_free(offset, size):
             return
         woken = threading.Event()
-        try:
-            with self._buffer.enlisted(offset, size, woken.set) as waits:
-                if waits:
-                    self._look_again_if_idle()
-                    woken.wait()
-        except KeyboardInterrupt:
-            self._look_again_if_idle()
-            raise
+        with self._buffer.enlisted(offset, size, woken.set) as waits:
+            if waits:
+                self._look_again_if_idle()
+                woken.wait()
 
     def _look_again_if_idle(self, _missing: int = 0, _stop: int = 0) -> None:
         """Closes the gap between losing the turn to a puller and being enlisted: if that puller left in between,
@@ -175,20 +178,19 @@ class StreamBuffer:
         if not self._turn.locked():
             self._buffer.wake_one()
 
-    def _pull_if_free(self, offset: int, size: int) -> bool:
-        """Pull chunks until the read can be answered. False: somebody else is pulling."""
+    def _pull_if_free(self, offset: int, size: int, wanted: Callable[[], bool] = lambda: True) -> bool:
+        """Pull chunks until the read can be answered, or is no longer wanted. False: somebody else is pulling."""
         if not self._turn.acquire(blocking=False):
             return False
         try:
-            while not self._ended and isinstance(self._buffer.look(offset, size), Missing):
+            while wanted() and not self._ended and self._buffer.missing(offset, size) is not None:
                 self._pull_one()
         except StreamfsError:
             pass  # the buffer holds it, and every reader that it concerns raises it on its next look
         finally:
-            if self._closed:
-                self._finish()
             self._turn.release()
             self._buffer.wake_one()
+            self._finish_if_closed()
         return True
 
     def _pull_one(self) -> None:
@@ -203,10 +205,13 @@ class StreamBuffer:
             raise
         except StreamfsError as error:
             self._fail(error)
-        except Exception as error:
+        except BaseException as error:
+            # An interrupt, too, may have ended the stream's generator: what follows would look like a clean end.
             failure = SourceFailed(f"the stream broke at byte {self._writer.position}: {error!r}")
             failure.__cause__ = error
             self._fail(failure)
+            if not isinstance(error, Exception):
+                raise
 
     def _fail(self, error: StreamfsError) -> None:
         self._ended = True
@@ -229,7 +234,11 @@ class StreamBuffer:
         under way in another thread ends with its chunk, and the stream is closed then. Safe to call again."""
         self._closed = True
         self._buffer.close()
-        if self._turn.acquire(blocking=False):
+        self._finish_if_closed()
+
+    def _finish_if_closed(self) -> None:
+        """Whoever gives the turn back looks, so that either `close` or the last puller finishes."""
+        if self._closed and self._turn.acquire(blocking=False):
             try:
                 self._finish()
             finally:
@@ -237,7 +246,7 @@ class StreamBuffer:
 
     def _finish(self) -> None:
         """Under `_turn`, after `close`."""
-        if self._ended and self._writer.is_closed:
+        if self._writer.is_closed:
             return
         self._ended = True
         self._writer.close()
