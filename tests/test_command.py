@@ -338,6 +338,14 @@ async def test_closing_works_when_cancelled() -> None:
     assert not alive(pid)
 
 
+async def test_a_closed_body_gives_nothing_more() -> None:
+    body = await source(("seq", "10")).open(0, None, None)
+    await body.aclose()
+    with pytest.raises(Closed):
+        await line(body)
+    assert not body.end_proven
+
+
 async def test_closing_wakes_a_waiting_read() -> None:
     body = await source(("sleep", "1000")).open(0, None, None)
 

@@ -121,6 +121,15 @@ async def test_an_empty_file_has_a_proven_end_at_once(tmp_path: Path) -> None:
         assert await some(body) == b"" and body.end_proven
 
 
+async def test_a_closed_body_gives_nothing_more(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"x")
+    for path in (tmp_path / "f", Path("/dev/zero")):
+        body = await source(path).open(0, None, None)
+        await body.aclose()
+        with pytest.raises(Closed):
+            await some(body)
+
+
 async def test_offsets_go_beyond_32_bits(tmp_path: Path) -> None:
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(5 << 40)

@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import msgspec
 import pytest
 import trio
 
-from streamfs.errors import Closed, SourceChanged, SourceFailed, SourceStalled, StreamfsError
+from streamfs.errors import SourceChanged, SourceFailed, SourceStalled, StreamfsError
+from streamfs.sources import Transports, make_source
 from streamfs.sources.base import Body, Facts, Source
 from streamfs.sources.command import ProcessSource
 from streamfs.sources.file import FileSource
@@ -34,11 +38,13 @@ PATIENCE = StreamOptions(stall_timeout=0.3)
 class Subject:
     source: Source
     ranged: bool
-    """Bodies may start anywhere, and the size is known."""
+    """Bodies may start anywhere, the size is known, and versions can be told apart."""
     break_it: Callable[[], None] = lambda: None
     """Makes a "broken" one break, after the first bytes have been read."""
 
 
+Making = Literal["plain", "curl"]
+Kind = Literal["ranged", "length", "chunked"]
 Offer = Callable[[Path], AbstractAsyncContextManager[Subject]]
 
 
@@ -84,6 +90,86 @@ async def fifo_with_a_silent_writer(folder: Path) -> AsyncIterator[Subject]:
         os.close(writer)
 
 
+class Origin:
+    """A small HTTP/1.1 server of CONTENT on loopback. It speaks for one test; tests/faults has the one that lies."""
+
+    def __init__(self, kind: Kind, given: int, silent: bool) -> None:
+        self._kind = kind
+        self._given = given  # bytes of CONTENT that a reply gives before it breaks off or falls silent
+        self._silent = silent
+        self.gone = False  # 404 from now on
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        head = b""
+        with contextlib.suppress(trio.BrokenResourceError):  # the other side may leave at any time
+            while received := await stream.receive_some():
+                head += received
+                if head.endswith(b"\r\n\r\n"):
+                    if not await self._reply(stream, head):
+                        return
+                    head = b""
+
+    async def _reply(self, stream: trio.SocketStream, head: bytes) -> bool:
+        """Answer one request; whether the connection goes on."""
+        if self.gone:
+            await stream.send_all(b"HTTP/1.1 404 Gone\r\nContent-Length: 0\r\n\r\n")
+            return True
+        asked = re.search(rb"\r\n[Rr]ange: bytes=(\d+)-(\d*)\r\n", head) if self._kind == "ranged" else None
+        start = int(asked[1]) if asked else 0
+        stop = min(int(asked[2]) + 1, len(CONTENT)) if asked and asked[2] else len(CONTENT)
+        if start >= len(CONTENT):
+            await stream.send_all(
+                b"HTTP/1.1 416 No\r\nContent-Range: bytes */%d\r\nContent-Length: 0\r\n\r\n" % len(CONTENT)
+            )
+            return True
+        lines = [b"HTTP/1.1 206 Part" if asked else b"HTTP/1.1 200 OK"]
+        if asked:
+            lines.append(b"Content-Range: bytes %d-%d/%d" % (start, stop - 1, len(CONTENT)))
+        if self._kind == "ranged":
+            lines += [b'ETag: "one"', b"Accept-Ranges: bytes"]
+        lines.append(
+            b"Transfer-Encoding: chunked" if self._kind == "chunked" else b"Content-Length: %d" % (stop - start)
+        )
+        await stream.send_all(b"\r\n".join(lines) + b"\r\n\r\n")
+        content = CONTENT[start : min(stop, self._given)]
+        for offset in range(0, len(content), 100_003):
+            part = content[offset : offset + 100_003]
+            await stream.send_all(b"%x\r\n%s\r\n" % (len(part), part) if self._kind == "chunked" else part)
+        if stop > self._given:
+            if self._silent:
+                await trio.sleep_forever()
+            self.gone = True
+            return False
+        if self._kind == "chunked":
+            await stream.send_all(b"0\r\n\r\n")
+        return True
+
+
+def http(
+    transport: Making,
+    kind: Kind,
+    given: int = len(CONTENT),
+    *,
+    silent: bool = False,
+) -> Offer:
+    @asynccontextmanager
+    async def offer(folder: Path) -> AsyncIterator[Subject]:
+        origin = Origin(kind, given, silent)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STREAMFS_TRANSPORT", transport)
+            transports = Transports()
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(partial(trio.serve_tcp, origin.serve, 0, host="127.0.0.1"))
+            url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/content"
+            source = make_source(StreamSpec(name="s", source=UrlSource(url), options=PATIENCE), transports)
+            async with transports:
+                yield Subject(source, ranged=kind == "ranged")
+                await source.aclose()
+            nursery.cancel_scope.cancel()
+
+    return offer
+
+
 WHOLE: dict[str, Offer] = {"command": command, "shell": shell("true"), "file": file}
 BROKEN: dict[str, Offer] = {"shell": shell("exit 3", GIVEN), "killed": shell("kill -9 $$", GIVEN), "file": file}
 SILENT: dict[str, Offer] = {
@@ -91,6 +177,11 @@ SILENT: dict[str, Offer] = {
     "shell without output": shell("exec >&-; exec sleep 1000", GIVEN),
     "fifo": fifo_with_a_silent_writer,
 }
+for _transport in get_args(Making):
+    for _kind in get_args(Kind):
+        WHOLE[f"{_transport}-{_kind}"] = http(_transport, _kind)
+        BROKEN[f"{_transport}-{_kind}"] = http(_transport, _kind, GIVEN)
+        SILENT[f"{_transport}-{_kind}"] = http(_transport, _kind, GIVEN, silent=True)
 
 
 def offered(offers: dict[str, Offer]) -> pytest.MarkDecorator:
@@ -138,6 +229,17 @@ def held_resources() -> tuple[set[str], set[str]]:
     return descriptors, children
 
 
+async def check_that_nothing_is_left(offer: Offer, folder: Path, use: Callable[[Subject], Awaitable[None]]) -> None:
+    """`use` holds no more at its end, with bodies, source and server closed, than at its beginning. Its first run,
+    which may fill caches and start worker threads, does not count."""
+    for run in ("first", "second"):
+        before = held_resources()
+        (folder / run).mkdir()
+        async with offer(folder / run) as subject:
+            await use(subject)
+    assert held_resources() == before
+
+
 # --- whole ---------------------------------------------------------------------------------------------------------
 
 
@@ -173,14 +275,17 @@ async def test_two_bodies_at_once_do_not_disturb_each_other(offer: Offer, tmp_pa
 @offered(WHOLE)
 async def test_a_body_from_the_middle_starts_there_or_says_that_it_starts_at_0(offer: Offer, tmp_path: Path) -> None:
     async with offer(tmp_path) as subject:
-        for start, stop in [(1, 2), (5000, 6000), (len(CONTENT) - 1, None), (77, len(CONTENT) + 9)]:
+        parts: list[tuple[int, int | None]] = [(1, 2), (5000, 6000), (len(CONTENT) - 1, None)]
+        if subject.ranged:
+            parts.append((77, len(CONTENT) + 9))
+        for start, stop in parts:
             async with opened(subject.source, start, stop) as body:
                 received = await receive(body)
                 assert body.end_proven
                 if subject.ranged:
                     assert (body.start, received) == (start, CONTENT[start:stop])
                 else:
-                    assert (body.start, received) == (0, CONTENT)
+                    assert body.start == 0 and received in (CONTENT, CONTENT[:stop])
 
 
 @offered(WHOLE)
@@ -220,40 +325,40 @@ async def test_a_version_is_continued_only_as_itself(offer: Offer, tmp_path: Pat
             with pytest.raises(SourceChanged):
                 await subject.source.open(1_000_000, None, other)
         else:
-            with pytest.raises(SourceChanged):
-                await subject.source.open(0, None, facts)
+            # Versions cannot be told apart: refuse, or give all of it for whoever wants to compare.
+            with contextlib.suppress(SourceChanged):
+                async with opened(subject.source, 0, None, facts) as body:
+                    assert (body.start, await receive(body)) == (0, CONTENT)
 
 
 @offered(WHOLE)
-async def test_every_receive_is_a_checkpoint(offer: Offer, tmp_path: Path) -> None:
+async def test_a_fast_source_lets_other_tasks_in(offer: Offer, tmp_path: Path) -> None:
     async with offer(tmp_path) as subject, opened(subject.source) as body:
         await receive(body, 10, limit=10)
         with trio.CancelScope() as scope:
             scope.cancel()
-            await body.receive_into(memoryview(bytearray(10)))
+            for _ in range(1000):
+                assert await body.receive_into(memoryview(bytearray(1000)))
         assert scope.cancelled_caught
 
 
 @offered(WHOLE)
-async def test_closing_again_is_harmless_and_a_closed_body_gives_nothing(offer: Offer, tmp_path: Path) -> None:
+async def test_a_body_may_be_closed_at_any_time_and_again(offer: Offer, tmp_path: Path) -> None:
     async with offer(tmp_path) as subject:
-        body = await subject.source.open(0, None, None)
-        await receive(body, 1000, limit=1000)
-        await body.aclose()
-        await body.aclose()
-        with pytest.raises(Closed):
-            await body.receive_into(memoryview(bytearray(10)))
+        for length in (0, 1000, len(CONTENT) + 1):
+            body = await subject.source.open(0, None, None)
+            assert await receive(body, 1000, limit=length) == CONTENT[:length]
+            await body.aclose()
+            await body.aclose()
 
 
 @offered(WHOLE)
 async def test_nothing_is_left_after_the_end(offer: Offer, tmp_path: Path) -> None:
-    async with offer(tmp_path) as subject:
-        async with opened(subject.source) as body:
-            await receive(body)  # once before counting: workers, caches and the like may stay
-        before = held_resources()
+    async def use(subject: Subject) -> None:
         async with opened(subject.source) as body:
             await receive(body)
-        assert held_resources() == before
+
+    await check_that_nothing_is_left(offer, tmp_path, use)
 
 
 # --- broken --------------------------------------------------------------------------------------------------------
@@ -277,14 +382,14 @@ async def test_a_break_is_an_error_after_the_right_bytes_never_an_end(offer: Off
 
 @offered(BROKEN)
 async def test_nothing_is_left_after_a_break(offer: Offer, tmp_path: Path) -> None:
-    async with offer(tmp_path) as subject:
-        before = held_resources()
+    async def use(subject: Subject) -> None:
         async with opened(subject.source) as body:
             await receive(body, 1000, limit=1000)
             subject.break_it()
             with pytest.raises(StreamfsError):
                 await receive(body)
-        assert held_resources() == before
+
+    await check_that_nothing_is_left(offer, tmp_path, use)
 
 
 # --- silent --------------------------------------------------------------------------------------------------------
@@ -307,12 +412,12 @@ async def test_silence_ends_in_a_stall_after_the_timeout(offer: Offer, tmp_path:
 
 @offered(SILENT)
 async def test_a_cancelled_read_leaves_nothing_behind(offer: Offer, tmp_path: Path) -> None:
-    async with offer(tmp_path) as subject:
-        before = held_resources()
+    async def use(subject: Subject) -> None:
         with trio.CancelScope() as scope:
             async with opened(subject.source) as body:
                 await receive(body, limit=4096)
                 scope.deadline = trio.current_time() + 0.1
                 await receive(body)
         assert scope.cancelled_caught
-        assert held_resources() == before
+
+    await check_that_nothing_is_left(offer, tmp_path, use)
