@@ -1,0 +1,18 @@
+"""The command line: parses, asks, prints. Nothing here knows how a stream works.
+
+    app.py       the group of commands, and what their errors look like
+    types.py     sizes, durations, headers: texts of the command line to values
+    registry.py  the same questions to a running daemon, or without one to the catalogue itself
+    register.py  add, rm, mv, persist, unpersist
+    show.py      ls, status
+    mount.py     mount, umount
+    keep.py      save, evict, verify
+    doctor.py    doctor
+    mounts.py    what the kernel says is mounted
+
+Start-up time counts: what is heavy (the daemon with pyfuse3 and trio, rich) is imported by the command that needs it.
+"""
+
+from streamfs.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,88 @@
+"""The group of commands, and what their errors look like: one line on standard error and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from streamfs.cli.doctor import doctor
+from streamfs.cli.keep import evict, save, verify
+from streamfs.cli.mount import mount, umount
+from streamfs.cli.register import add, mv, persist, rm, unpersist
+from streamfs.cli.show import ls, status
+from streamfs.errors import StreamfsError
+
+FAILURE, USAGE, INTERRUPT = 1, 2, 130
+DEBUG_VARIABLE = "STREAMFS_DEBUG"
+"""Set, it shows the traceback of what went wrong besides its one line."""
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Every option can also be set as STREAMFS_<COMMAND>_<OPTION> in the environment, for example "
+    "STREAMFS_MOUNT_MEMORY=1GiB. STREAMFS_HOME=DIR keeps everything that streamfs writes under DIR.",
+)
+@click.version_option(package_name="streamfs", prog_name="streamfs")
+def cli() -> None:
+    """Show URLs and the output of commands as ordinary seekable files.
+
+    \b
+      streamfs add song.flac https://example.org/song.flac
+      streamfs mount ~/streams
+      mpv ~/streams/song.flac
+    """
+
+
+for command in (mount, umount, add, rm, mv, ls, status, persist, unpersist, save, evict, verify, doctor):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (None: the process' own) and give its exit code: 0, 1 failure, 2 usage,
+    130 interrupt."""
+    try:
+        cli.main(arguments, prog_name="streamfs", standalone_mode=False, auto_envvar_prefix="STREAMFS")
+        sys.stdout.flush()
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except BrokenPipeError:
+        _silence_output()
+        return FAILURE
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", INTERRUPT)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "streamfs"
+        return _fail(f"{_sentence(error.format_message())} (see '{command} --help')", USAGE)
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except StreamfsError as error:
+        return _fail(str(error), FAILURE)
+    except OSError as error:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        return _fail(f"{where}{error.strerror or error}", FAILURE)
+    except Exception as error:  # a bug; the person at the terminal still gets one line
+        return _fail(f"internal error: {type(error).__name__}: {error} ({DEBUG_VARIABLE}=1 shows where)", FAILURE)
+    return 0
+
+
+def _sentence(text: str) -> str:
+    return text[:-1] if text.endswith(".") else text
+
+
+def _fail(text: str, code: int) -> int:
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exc()
+    line = " ".join(text.split())
+    click.echo(f"streamfs: {line}".encode("utf-8", "surrogateescape"), err=True)
+    return code
+
+
+def _silence_output() -> None:
+    """The reader of our output went away: let the interpreter's last flush go nowhere instead of failing."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

@@ -1,0 +1,252 @@
+"""The same questions to a running daemon, or, while none runs, to the catalogue and the cache themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from streamfs.control import Client
+from streamfs.errors import Busy, InvalidRequest, NotPermitted, Unreachable
+from streamfs.home import Home
+from streamfs.spec import StreamSpec, UrlSource
+
+if TYPE_CHECKING:
+    from streamfs.catalog import Catalog, Entry
+    from streamfs.engine.recording import Recording
+
+Row: TypeAlias = dict[str, Any]
+"""One element of "streams" in the JSON shape: name, source, state, size, buffered, readers, persist, error, …"""
+
+WAIT = 10.0  # seconds for another command, or a daemon that starts or ends, to make way
+_RETRY = 0.1  # seconds; between two looks at who holds the home
+_RECORDING = re.compile(r"(\d+)-(\d+)\.data")  # as streamfs.cache names them: id of the stream, generation
+
+
+class Registry(Protocol):
+    """What the commands need. Errors are StreamfsErrors; a change is done when a method returns."""
+
+    live: bool
+    """Whether a daemon answers."""
+
+    def add(self, spec: StreamSpec, replace: bool) -> None: ...
+    def remove(self, names: Sequence[str]) -> None: ...
+    def rename(self, old: str, new: str) -> None: ...
+    def everything(self) -> list[Row]: ...
+    def status(self, names: Sequence[str]) -> list[Row]: ...
+    def persist(self, names: Sequence[str], on: bool) -> None: ...
+    def evict(self, names: Sequence[str], every: bool) -> None: ...
+    def verify(self, names: Sequence[str]) -> list[Row]: ...
+
+
+@contextlib.contextmanager
+def open_registry(home: Home, cache_directory: Path | None = None) -> Iterator[Registry]:
+    """The daemon of `home`; the offline registry, with the home locked, where none runs. `cache_directory` is where
+    the daemon keeps its recordings when it runs, None: in the home's own. Raises Busy after `WAIT` seconds."""
+    home.prepare()
+    deadline = time.monotonic() + WAIT
+    while True:
+        client = connect(home)
+        if client is not None:
+            with client:
+                yield Live(client)
+            return
+        try:
+            lock = home.lock(wait=_RETRY)
+        except Busy:
+            if time.monotonic() >= deadline:
+                raise
+            continue
+        with lock:
+            from streamfs.catalog import Catalog
+
+            with Catalog(home.catalog_path) as catalog:
+                yield Offline(catalog, cache_directory or home.cache)
+        return
+
+
+def connect(home: Home) -> Client | None:
+    """A connection to the daemon of `home`; None where none listens."""
+    holder = home.holder()
+    recorded = [] if holder is None or holder.socket is None else [holder.socket]
+    for path in dict.fromkeys((*recorded, home.socket_path)):
+        with contextlib.suppress(Unreachable):
+            return Client(path)
+    return None
+
+
+class Live:
+    live = True
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def add(self, spec: StreamSpec, replace: bool) -> None:
+        if replace:
+            self._client.call("add_many", specs=[spec], replace=True)
+        else:
+            self._client.call("add", spec=spec)
+
+    def remove(self, names: Sequence[str]) -> None:
+        self._client.call("remove", names=names)
+
+    def rename(self, old: str, new: str) -> None:
+        self._client.call("rename", old=old, new=new)
+
+    def everything(self) -> list[Row]:
+        return _rows(self._client.call("list"))
+
+    def status(self, names: Sequence[str]) -> list[Row]:
+        return _rows(self._client.call("status", names=names)) if names else self.everything()
+
+    def persist(self, names: Sequence[str], on: bool) -> None:
+        self._client.call("persist", names=names, on=on)
+
+    def evict(self, names: Sequence[str], every: bool) -> None:
+        self._client.call("evict", names=names, all=every)
+
+    def verify(self, names: Sequence[str]) -> list[Row]:
+        return _rows(self._client.call("verify", names=names))
+
+
+def _rows(result: Any) -> list[Row]:
+    if isinstance(result, dict):
+        result = result.get("streams")
+    if not isinstance(result, list):
+        raise InvalidRequest("the daemon's answer makes no sense: is it of another version?")
+    return result
+
+
+class Offline:
+    """For the holder of the home's lock."""
+
+    live = False
+
+    def __init__(self, catalog: Catalog, cache_directory: Path) -> None:
+        self._catalog = catalog
+        self._cache = cache_directory
+
+    def add(self, spec: StreamSpec, replace: bool) -> None:
+        self._catalog.add(spec, replace)
+
+    def remove(self, names: Sequence[str]) -> None:
+        removed = self._catalog.remove(names)
+        self._drop(entry.id for entry in removed)
+
+    def rename(self, old: str, new: str) -> None:
+        self._catalog.rename(old, new)
+
+    def everything(self) -> list[Row]:
+        return self._describe(self._catalog.all())
+
+    def status(self, names: Sequence[str]) -> list[Row]:
+        return self._describe(self._chosen(names))
+
+    def persist(self, names: Sequence[str], on: bool) -> None:
+        for entry in self._chosen(names):
+            self._catalog.set_persist(entry.id, on)
+
+    def evict(self, names: Sequence[str], every: bool) -> None:
+        entries = self._catalog.all() if every else self._chosen(names)
+        kept = [entry.name for entry in entries if entry.persist]
+        if kept and not every:
+            raise NotPermitted(f"{kept[0]!r} is persisted: 'streamfs unpersist' it first")
+        self._drop(entry.id for entry in entries if not entry.persist)
+
+    def verify(self, names: Sequence[str]) -> list[Row]:
+        recordings = self._recordings()
+        entries = [entry for entry in self._chosen(names) if names or entry.id in recordings]
+        return [_verify(entry, recordings.get(entry.id, [])) for entry in entries]
+
+    def _chosen(self, names: Sequence[str]) -> list[Entry]:
+        """The streams of these names, all of them for none."""
+        if not names:
+            return self._catalog.all()
+        return [self._catalog.get(name) for name in dict.fromkeys(names)]
+
+    def _describe(self, entries: Sequence[Entry]) -> list[Row]:
+        recordings = self._recordings()
+        return [_describe(entry, recordings.get(entry.id, [])) for entry in entries]
+
+    def _recordings(self) -> dict[int, list[Path]]:
+        """The data files in the cache directory by stream, oldest generation first."""
+        found: dict[int, list[tuple[int, Path]]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for path in self._cache.iterdir():
+                if match := _RECORDING.fullmatch(path.name):
+                    found.setdefault(int(match[1]), []).append((int(match[2]), path))
+        return {stream_id: [path for _, path in sorted(numbered)] for stream_id, numbered in found.items()}
+
+    def _drop(self, ids: Iterable[int]) -> None:
+        from streamfs.engine.recording import unlink_recording
+
+        recordings = self._recordings()
+        for stream_id in ids:
+            for path in recordings.get(stream_id, ()):
+                unlink_recording(path)
+
+
+def _describe(entry: Entry, recordings: Sequence[Path]) -> Row:
+    size = entry.spec.options.size
+    if size is None and entry.facts is not None:
+        size = entry.facts.size
+    row: Row = {
+        "name": entry.name,
+        "source": entry.spec.described(),
+        "state": "idle",
+        "size": size,
+        "buffered": 0,
+        "readers": 0,
+        "persist": entry.persist,
+        "error": None,
+        "kind": "url" if isinstance(entry.spec.source, UrlSource) else "command",
+        "mime": entry.facts.mime if entry.facts is not None else None,
+        "modified": entry.facts.modified if entry.facts is not None else None,
+    }
+    recording = _load(entry, recordings)
+    if recording is not None:
+        row["buffered"] = recording.present().total
+        if recording.size is not None and row["buffered"] == recording.size:
+            row |= {"state": "complete", "size": recording.size}
+    return row
+
+
+def _load(entry: Entry, recordings: Sequence[Path]) -> Recording | None:
+    """The newest recording, if there is one of this stream that can be read."""
+    if not recordings:
+        return None
+    from streamfs.engine.recording import Recording
+
+    try:
+        recording = Recording.load(recordings[-1])
+    except OSError:
+        return None
+    if recording is None or not recording.header.key.startswith(f"{entry.id}:"):
+        return None
+    return recording
+
+
+def _verify(entry: Entry, recordings: Sequence[Path]) -> Row:
+    """Read every cached byte of the stream and check it."""
+    if not recordings:
+        return {"name": entry.name, "ok": True, "detail": "nothing cached"}
+    recording = _load(entry, recordings)
+    if recording is None:
+        return {"name": entry.name, "ok": False, "detail": "the recording's index cannot be read"}
+    from streamfs.engine.recording import DamagedExtent
+
+    damaged = checked = 0
+    for start, stop in recording.present():
+        for extent in recording.extents(start, stop):
+            buffer = memoryview(bytearray(extent.stop - extent.start))
+            try:
+                recording.read([extent], buffer, wait=True)
+                checked += len(buffer)
+            except DamagedExtent:
+                damaged += len(buffer)
+    if damaged:
+        return {"name": entry.name, "ok": False, "detail": f"{damaged} bytes are damaged, {checked} are right"}
+    return {"name": entry.name, "ok": True, "detail": f"{checked} bytes are right"}

@@ -1,0 +1,117 @@
+"""Looking: ls and status."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import click
+
+from streamfs.cli import types
+from streamfs.cli.registry import Row, open_registry
+from streamfs.home import Home
+
+JSON_VERSION = 1
+WATCH_INTERVAL = 1.0  # seconds
+
+
+@click.command()
+@click.option("-l", "long", is_flag=True, help="With state, length, cached bytes and source.")
+@click.option("--json", "as_json", is_flag=True, help='One JSON document: {"version": 1, "streams": [...]}.')
+def ls(long: bool, as_json: bool) -> None:
+    """List the streams. Asks no server."""
+    with open_registry(Home.locate()) as registry:
+        rows = registry.everything()
+    if as_json:
+        _print(document(rows))
+    elif long:
+        _print(table(rows, ("state", "size", "cached", "", "name", "source")))
+    elif sys.stdout.isatty():
+        _print("\n".join(_visible(row["name"]) for row in rows))
+    else:
+        _print("\n".join(row["name"] for row in rows))
+
+
+@click.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1, type=types.NAME)
+@click.option("--json", "as_json", is_flag=True, help='One JSON document: {"version": 1, "streams": [...]}.')
+@click.option("--watch", is_flag=True, help="Go on, once a second, until Ctrl-C.")
+def status(names: tuple[str, ...], as_json: bool, watch: bool) -> None:
+    """What the streams are doing: state, length, cached bytes, readers, errors."""
+
+    def look() -> str:
+        with open_registry(Home.locate()) as registry:
+            rows = registry.status(names)
+            live = registry.live
+        if as_json:
+            return document(rows)
+        text = table(rows, ("state", "size", "cached", "readers", "", "name", "error"))
+        return text if live else f"{text}\n(no daemon runs: see 'streamfs mount')"
+
+    if watch:
+        _watch(look, whole_screen=sys.stdout.isatty() and not as_json)
+    else:
+        _print(look())
+
+
+def _watch(look: Callable[[], str], *, whole_screen: bool) -> None:
+    """Show again and again until interrupted: in place on a terminal, else one after the other."""
+    if not whole_screen:
+        while True:
+            _print(look())
+            sys.stdout.flush()
+            time.sleep(WATCH_INTERVAL)
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(Text(look()), auto_refresh=False, screen=True) as live:
+        while True:
+            time.sleep(WATCH_INTERVAL)
+            live.update(Text(look()), refresh=True)
+
+
+def document(rows: Sequence[Row]) -> str:
+    """The machine-readable shape, on one line, in ASCII."""
+    return json.dumps({"version": JSON_VERSION, "streams": rows})
+
+
+def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Lines under a head; the last column is as wide as it is. An empty text without rows."""
+    if not rows:
+        return ""
+    cells = [[column.upper() for column in columns], *([_cell(row, column) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = {columns.index(name) for name in ("size", "cached", "readers") if name in columns}
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if at in right else text.ljust(width)
+            for at, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    )
+
+
+def _cell(row: Row, column: str) -> str:
+    match column:
+        case "size":
+            return types.human_size(row.get("size"))
+        case "cached":
+            return types.human_size(row.get("buffered"))
+        case "":
+            return "P" if row.get("persist") else ""
+        case _:
+            value = row.get(column)
+            return "" if value is None else _visible(str(value))
+
+
+def _visible(text: str) -> str:
+    """`text` without control characters, which could change what a terminal shows."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)
+
+
+def _print(text: str) -> None:
+    if text:
+        click.echo(text.encode("utf-8", "surrogateescape"))
