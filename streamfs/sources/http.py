@@ -150,7 +150,8 @@ class HttpSource:
         if isinstance(verdict, Ended) and start > 0:
             raise SourceFailed(f"{redact_url(self._url)} ends at or before byte {start}")
         first = verdict.start if isinstance(verdict, Part) else 0
-        return HttpBody(self, self._url, answer, facts, first, stop, self._stall_timeout)
+        # A one-way body goes on to the end: what lies beyond `stop` could only be had by reading all of it again.
+        return HttpBody(self, self._url, answer, facts, first, stop if facts.ranged else None, self._stall_timeout)
 
     # -- one settled answer: retries, redirects, a fresh URL
 
