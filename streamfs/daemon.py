@@ -24,7 +24,7 @@ import streamfs
 from streamfs import mounting
 from streamfs.cache import Cache
 from streamfs.catalog import Catalog
-from streamfs.control.server import Handler, Listener, listen, serve
+from streamfs.control.server import Handler, listen, serve
 from streamfs.errors import Busy, InvalidRequest, StreamfsError
 from streamfs.filesystem import FileSystem
 from streamfs.home import Home, HomeLock
@@ -151,7 +151,10 @@ def _run(home: Home, lock: HomeLock, mountpoint: Path, options: MountOptions, re
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     lock.record(home.socket_path)
-    trio.run(_serve, home, lock, mountpoint, options, readiness)
+    try:
+        trio.run(_serve, home, lock, mountpoint, options, readiness)
+    finally:
+        lock.release()
     return 0
 
 
@@ -215,7 +218,6 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
                     nursery.start_soon(serve, listener, life.handlers())
                     nursery.start_soon(_announce, mountpoint, readiness)
                     await life.until_unmounted(pyfuse3.main(max_tasks=MAX_TASKS))
-                    _remove_socket(listener)
                     nursery.cancel_scope.cancel()
             finally:
                 pyfuse3.close(unmount=False)
@@ -223,17 +225,11 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
                     await trio.to_thread.run_sync(mounting.unmount_quietly, mountpoint)
 
 
-def _remove_socket(listener: Listener) -> None:
-    # Before anything else ends: a command that comes now shall see no daemon rather than one that hangs.
-    listener.close()
-
-
 def _mount(operations: Any, mountpoint: Path, options: MountOptions) -> None:
     import pyfuse3
 
     settings = set(pyfuse3.default_options)
-    settings |= {"fsname=streamfs", "subtype=streamfs", "default_permissions", "max_read=1048576", "ro"}
-    settings -= {"ro"}  # rm and mv work in the mount
+    settings |= {"fsname=streamfs", "subtype=streamfs", "default_permissions"}
     if options.allow_other:
         settings.add("allow_other")
     try:
@@ -364,7 +360,7 @@ def save_offline(
 
     async def save() -> None:
         async with _filesystem(home, MountOptions()) as filesystem:
-            opened = await filesystem.open(filesystem.inode_of(name))
+            opened = await filesystem.open_named(name)
             position = 0
             while piece := await filesystem.read(opened.handle, position, SAVE_STEP):
                 write(piece)

@@ -407,9 +407,13 @@ class FileSystem:
             node = node.children.get(part) if isinstance(node, Folder) else None
         return node
 
-    def inode_of(self, name: str) -> int:
-        """Raises NotFound."""
-        return self._tree.file_of(self.named(name).id).inode
+    async def open_named(self, name: str) -> Opened:
+        """As `open`, by name, of whatever version is current."""
+        while True:
+            try:
+                return await self.open(self._tree.file_of(self.named(name).id).inode)
+            except SourceChanged:
+                continue  # as the kernel does: look the name up again, it is another inode now
 
     def streams(self, names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
         """What `ls --json` and `status --json` say of each stream, in the order of names."""

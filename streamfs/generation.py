@@ -259,13 +259,13 @@ class Generation:
         cache, buffer = self._context.cache, self.buffer
         began, first = time.monotonic(), writer.position
         while True:
-            if self.facts.ranged and writer.met and not self._at_size(writer):
-                return False  # somebody else brought what follows
             if fetch.resting and not self._at_size(writer) and not await self._may_go_on(fetch):
                 return True
             if buffer.memory > cache.spill_threshold:
                 cache.grew(self)
                 await cache.ready(self)
+            if self.facts.ranged and writer.met and not self._at_size(writer):
+                return False  # somebody else brought what follows
             view = self._end_probe if self._at_size(writer) else writer.room()
             if view is None:
                 await cache.memory(self)

@@ -22,7 +22,8 @@ as with its default of 128 KiB. Root only; others keep the default."""
 MAX_BACKGROUND = 65535
 """Cached reads that may be under way at a time; at the kernel's default of 12, a dozen stalled readers would freeze
 everybody's cached reads."""
-_UNMOUNT_TIMEOUT = 10.0  # seconds for fusermount3
+_CONNECTIONS = Path("/sys/fs/fuse/connections")
+_TOOL_TIMEOUT = 10.0  # seconds for fusermount3 and its like
 
 
 def check_fuse() -> None:
@@ -95,11 +96,16 @@ def tune(mountpoint: Path) -> None:
         return
     major, minor = device
     _set(Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb"), READ_AHEAD_KB)
-    connection = Path(f"/sys/fs/fuse/connections/{os.makedev(major, minor)}")
-    if not connection.exists():
-        connection = Path(f"/sys/fs/fuse/connections/{minor}")
-    _set(connection / "max_background", MAX_BACKGROUND)
-    _set(connection / "congestion_threshold", MAX_BACKGROUND * 3 // 4)
+    connection = _CONNECTIONS / str(major << 20 | minor)  # the kernel's own form of a device number
+    limits = {
+        connection / "congestion_threshold": MAX_BACKGROUND * 3 // 4,
+        connection / "max_background": MAX_BACKGROUND,
+    }
+    if not connection.exists() and os.geteuid() == 0:
+        _set_unseen(limits)
+    else:
+        for path, value in limits.items():
+            _set(path, value)
 
 
 def _set(path: Path, value: int) -> None:
@@ -107,6 +113,17 @@ def _set(path: Path, value: int) -> None:
         path.write_text(str(value))
     except OSError as error:
         log.info("%s stays as it is: %s", path, error.strerror)
+
+
+def _set_unseen(limits: dict[Path, int]) -> None:
+    """Where nobody mounted the fusectl file system, do it in a mount namespace that ends with the command."""
+    script = f"mount -t fusectl fusectl {_CONNECTIONS}"
+    script += "".join(f" && echo {value} > {path}" for path, value in limits.items())
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=_TOOL_TIMEOUT, check=False
+    )
+    if done.returncode != 0:
+        log.info("the kernel's limits for background reads stay as they are: %s", done.stderr.strip())
 
 
 def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
@@ -119,7 +136,7 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
         command = ["umount", *(["-l"] if lazy else []), str(mountpoint)]
     else:
         raise InvalidRequest("fusermount3 is missing: install the package fuse3")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_UNMOUNT_TIMEOUT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_TIMEOUT, check=False)
     if done.returncode == 0:
         return
     reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"

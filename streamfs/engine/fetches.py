@@ -17,6 +17,9 @@ OPEN_ENDED = 4 * 1024 * 1024
 """From this read-ahead on, a request asks for everything up to the end: a reader that got here reads on."""
 MOST_FETCHES = 8
 """Cursors of one generation at a time: a guess at how many places a program reads at once."""
+REORDER = 1024 * 1024
+"""Bytes past the furthest read that still count as its continuation: the kernel's read-ahead sends requests of up to
+1 MiB side by side, and they arrive in any order."""
 LEAST_GAP, MOST_GAP = 64 * 1024, 4 * 1024 * 1024
 """Bounds, in bytes, of the gap that is read through rather than asked for anew."""
 
@@ -24,11 +27,12 @@ LEAST_GAP, MOST_GAP = 64 * 1024, 4 * 1024 * 1024
 class Fetch:
     """One cursor. INVARIANT: start <= position; it has brought, or skipped as present, start..position."""
 
-    __slots__ = ("ahead", "limit", "position", "start")
+    __slots__ = ("ahead", "limit", "position", "start", "wanted")
 
-    def __init__(self, start: int, limit: int | None, ahead: int) -> None:
+    def __init__(self, start: int, wanted: int, limit: int | None, ahead: int) -> None:
         self.start = start
         self.position = start
+        self.wanted = wanted  # how far readers that it serves have asked
         self.limit = limit  # None: as far as there are bytes
         self.ahead = ahead
 
@@ -98,8 +102,7 @@ class FetchPlan:
     def release(self) -> None:
         """No reader is left: what is not greedy goes no further than where it is."""
         if not self.greedy:
-            for fetch in self.fetches:
-                fetch.limit = fetch.position
+            self._hold()
 
     def want_all(self) -> None:
         """Everything is wanted from now on."""
@@ -111,8 +114,11 @@ class FetchPlan:
     def want_no_more(self) -> None:
         """`want_all` is over: readers rule again."""
         self.greedy = False
+        self._hold()
+
+    def _hold(self) -> None:
         for fetch in self.fetches:
-            fetch.limit = fetch.position
+            fetch.limit = fetch.wanted = fetch.position
 
     def ended(self, fetch: Fetch) -> None:
         self.fetches.remove(fetch)
@@ -124,8 +130,7 @@ class FetchPlan:
 
     def _start(self, start: int, stop: int) -> Fetch:
         ahead = FIRST_AHEAD if self.ranged and not self.greedy else self.read_ahead
-        fetch = Fetch(start, None, ahead)
-        self._allow_at_least(fetch, stop)
+        fetch = Fetch(start, stop, None if self.greedy else max(stop, start + ahead), ahead)
         self.fetches.append(fetch)
         return fetch
 
@@ -133,19 +138,19 @@ class FetchPlan:
         """The fetch that will bring `missing` soonest, if any will soon enough."""
         if not self.ranged:
             return self.fetches[0] if self.fetches else None
-        before = [f for f in self.fetches if f.position <= missing and missing - f.position <= self._gap]
-        return max(before, key=_position, default=None)
+        coming = [
+            f
+            for f in self.fetches
+            if f.position <= missing and (missing <= f.position + self._gap or missing <= f.wanted + REORDER)
+        ]
+        return max(coming, key=_position, default=None)
 
     def _allow(self, fetch: Fetch, stop: int) -> None:
-        if self.greedy:
-            fetch.limit = None
-        elif fetch.limit is not None:
+        fetch.wanted = max(fetch.wanted, stop)
+        if fetch.limit is not None:
             # INVARIANT: a fetch is allowed at most its read-ahead past the furthest reader.
-            fetch.limit = max(fetch.limit, stop + (fetch.ahead if fetch.position > fetch.start else 0))
-
-    def _allow_at_least(self, fetch: Fetch, stop: int) -> None:
-        if not self.greedy:
-            fetch.limit = max(stop, fetch.start + fetch.ahead)
+            ahead = fetch.ahead if fetch.position > fetch.start else 0
+            fetch.limit = max(fetch.limit, fetch.wanted + ahead)
 
 
 def _position(fetch: Fetch) -> int:
