@@ -154,7 +154,7 @@ async def test_it_works_without_the_helping_programs(monkeypatch: pytest.MonkeyP
         (("true",), "/no/such/folder", "does not exist"),
         (("true",), "/etc/passwd", "directory"),
         (("true",), "/\0", "null"),
-        (("a\0b",), None, "cannot run"),
+        (("a\0b",), None, "null"),
         (("echo", "a\0b"), None, "null"),
         (("echo", "\ud800"), None, "surrogate"),
         (("",), None, "empty"),
@@ -167,6 +167,23 @@ async def test_what_cannot_be_started_says_why_in_one_line(argv: tuple[str, ...]
         await source(argv, cwd=cwd).open(0, None, None)
     assert "\n" not in str(caught.value)
     assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+async def test_what_is_no_folder_in_the_search_path_is_passed_over() -> None:
+    search = f"/etc/passwd:/no/such/folder:{os.environ['PATH']}"
+    assert await output_of(("echo", "found"), env={"PATH": search}) == "found\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+async def test_another_users_folder_in_the_search_path_is_passed_over(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    search = f"{closed}:/usr/bin:/bin"
+    os.seteuid(65534)
+    try:
+        await trio.to_thread.run_sync(command._check_paths, "true", None, search)
+    finally:
+        os.seteuid(0)
 
 
 async def test_without_descriptors_left_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

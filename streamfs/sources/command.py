@@ -18,6 +18,7 @@ import os
 import select
 import shutil
 import signal
+import stat
 import subprocess
 from pathlib import Path
 
@@ -269,18 +270,29 @@ def _prepare(argv: tuple[str, ...], cwd: str | None, environment: dict[str, str]
 
 
 def _check_paths(program: str, cwd: str | None, search: str) -> None:
-    if cwd is not None and not os.access(cwd, os.X_OK):
-        reason = "is not permitted" if Path(cwd).is_dir() else "does not exist"
-        raise SourceFailed(f"cannot run the command in {cwd!r}: the directory {reason}")
-    if cwd is not None and not Path(cwd).is_dir():
+    """Raises SourceFailed, and ValueError for a path that no file can have. What may not be looked at, such as
+    another user's folder in PATH, counts as missing: execvp(3) passes over it as well."""
+    if cwd is not None and _mode(cwd) is None:
+        raise SourceFailed(f"cannot run the command in {cwd!r}: the directory does not exist")
+    if cwd is not None and not stat.S_ISDIR(_mode(cwd) or 0):
         raise SourceFailed(f"cannot run the command in {cwd!r}: not a directory")
+    if cwd is not None and not os.access(cwd, os.X_OK):
+        raise SourceFailed(f"cannot run the command in {cwd!r}: the directory is closed to this user")
     entries = [""] if "/" in program else search.split(os.pathsep)
-    candidates = [Path(cwd or ".", entry, program) for entry in entries]
-    if any(path.is_file() and os.access(path, os.X_OK) for path in candidates):
+    candidates = [str(Path(cwd or ".", entry, program)) for entry in entries]
+    found = [(path, mode) for path in candidates if (mode := _mode(path)) is not None]
+    if any(stat.S_ISREG(mode) and os.access(path, os.X_OK) for path, mode in found):
         return
-    if any(path.exists() for path in candidates):
+    if found:
         raise SourceFailed(f"cannot run {program!r}: it is not an executable file")
     raise SourceFailed(f"cannot run {program!r}: no such command" + ("" if "/" in program else " in PATH"))
+
+
+def _mode(path: str) -> int | None:
+    try:
+        return Path(path).stat().st_mode
+    except OSError:
+        return None
 
 
 @functools.cache
