@@ -1,0 +1,72 @@
+import pytest
+
+from streamfs.engine.pool import LARGE, SMALL, Pool
+from tests.fakes import Crew
+
+
+def test_pieces_stay_within_the_budget():
+    pool = Pool(LARGE + SMALL)
+    assert len(pool.take(LARGE)) == LARGE
+    assert len(pool.take(SMALL)) == SMALL
+    assert pool.used == LARGE + SMALL
+    assert pool.take(SMALL) is None
+    assert pool.take_fails()
+
+
+def test_a_piece_that_was_given_back_is_handed_out_again():
+    pool = Pool(2 * LARGE)
+    piece = pool.take(LARGE)
+    pool.give(piece)
+    assert pool.used == 0
+    assert pool.take(LARGE) is piece
+
+
+def test_idle_pieces_make_place_for_pieces_of_the_other_size():
+    pool = Pool(LARGE)
+    small = [pool.take(SMALL) for _ in range(LARGE // SMALL)]
+    assert pool.take(LARGE) is None
+    for piece in small:
+        pool.give(piece)
+    assert not pool.take_fails()
+    assert pool.take(LARGE) is not None
+    assert pool.take(SMALL) is None
+
+
+def test_trim_lets_idle_memory_go():
+    pool = Pool(LARGE)
+    piece = pool.take(SMALL)
+    pool.give(piece)
+    pool.trim()
+    assert pool.take(SMALL) is not piece
+
+
+def test_a_budget_that_holds_no_piece_is_refused():
+    with pytest.raises(ValueError):
+        Pool(LARGE - 1)
+
+
+def test_on_give_runs_without_the_lock_so_it_may_take():
+    taken = []
+    pool = Pool(LARGE)
+    piece = pool.take(SMALL)
+    pool.on_give = lambda: taken.append(pool.take(SMALL))
+    pool.give(piece)
+    assert taken == [piece]
+
+
+def test_no_piece_is_handed_out_twice_to_many_threads():
+    pool = Pool(LARGE)
+
+    def work(name: int) -> None:
+        for _ in range(300):
+            piece = pool.take(SMALL)
+            if piece is not None:
+                piece[:4] = name.to_bytes(4, "little")
+                assert pool.used <= pool.budget
+                assert piece[:4] == name.to_bytes(4, "little")
+                pool.give(piece)
+
+    with Crew() as crew:
+        for name in range(8):
+            crew.start(work, name)
+    assert pool.used == 0

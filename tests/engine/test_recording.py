@@ -1,0 +1,423 @@
+import errno
+import gc
+import os
+from pathlib import Path
+
+import pytest
+
+from streamfs.engine.ranges import RangeSet
+from streamfs.engine.recording import BLOCK, DamagedExtent, Extent, Header, Recording
+from tests.fakes import flip_byte, named_bytes
+
+SIZE = 5 * BLOCK + 1234
+DATA = named_bytes("recording", 7, SIZE)
+HEADER = Header(key="recording", generation=7)
+ENTRY = 32  # bytes of one index entry
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "1-7.data"
+
+
+def index_of(path: Path) -> Path:
+    return path.with_name(path.name + ".index")
+
+
+def put(recording: Recording, start: int, stop: int) -> None:
+    recording.publish(recording.append([(start, memoryview(DATA)[start:stop])]))
+
+
+def get(recording: Recording, start: int, stop: int) -> bytes:
+    """start..stop, which extents cover exactly."""
+    out = bytearray(stop - start)
+    assert recording.read(recording.extents(start, stop), memoryview(out), wait=True)
+    return bytes(out)
+
+
+def whole(path: Path) -> Recording:
+    recording = Recording.create(path, HEADER)
+    put(recording, 0, 3 * BLOCK)
+    put(recording, 3 * BLOCK, SIZE)
+    recording.complete(SIZE)
+    return recording
+
+
+def open_files() -> set[str]:
+    gc.collect()
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.add(f"{name} {os.readlink('/proc/self/fd/' + name)}")
+        except FileNotFoundError:
+            continue  # the listing's own
+    return {f for f in found if "/proc/" not in f}
+
+
+def test_what_is_written_is_read_back_and_survives_loading(path):
+    whole(path)
+    recording = Recording.load(path)
+    assert recording is not None
+    assert recording.header == HEADER
+    assert recording.size == SIZE
+    assert recording.present() == RangeSet([(0, SIZE)])
+    assert get(recording, 0, SIZE) == DATA
+
+
+def test_the_data_file_is_plain_and_exactly_the_stream_once_complete(path):
+    whole(path)
+    assert path.read_bytes() == DATA
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert index_of(path).stat().st_mode & 0o777 == 0o600
+
+
+def test_extents_end_at_block_boundaries(path):
+    recording = Recording.create(path, HEADER)
+    put(recording, 100, BLOCK + 50)
+    assert [(e.start, e.stop) for e in recording.extents(0, SIZE)] == [(100, BLOCK), (BLOCK, BLOCK + 50)]
+
+
+def test_ranges_in_any_order_are_kept_and_found(path):
+    recording = Recording.create(path, HEADER)
+    for start in (4 * BLOCK, 0, 2 * BLOCK):
+        put(recording, start, start + 10)
+    for loaded in (recording, Recording.load(path)):
+        assert [e.start for e in loaded.extents(0, SIZE)] == [0, 2 * BLOCK, 4 * BLOCK]
+        assert [e.start for e in loaded.extents(5, 2 * BLOCK)] == [0]
+        assert loaded.extents(10, 2 * BLOCK) == []
+        assert get(loaded, 2 * BLOCK, 2 * BLOCK + 10) == DATA[2 * BLOCK : 2 * BLOCK + 10]
+
+
+def test_an_index_cut_at_any_byte_loads_as_an_exact_prefix(path):
+    """Never zeros, never a claim of bytes that the cut entry described."""
+    whole(path)
+    raw = index_of(path).read_bytes()
+    blocks = [min((i + 1) * BLOCK, SIZE) for i in range(6)]  # where each DATA entry ends
+    head = len(raw) - 7 * ENTRY
+    for cut in range(head, len(raw)):
+        index_of(path).write_bytes(raw[:cut])
+        recording = Recording.load(path)
+        entries = (cut - head) // ENTRY
+        end = blocks[entries - 1] if entries else 0
+        assert recording.present() == (RangeSet([(0, end)]) if end else RangeSet())
+        assert recording.size is None
+        assert index_of(path).stat().st_size == head + entries * ENTRY
+        if cut % 5 == 0 and end:
+            assert get(recording, 0, end) == DATA[:end]
+            put(recording, end, SIZE)  # and it can be continued
+            assert get(Recording.load(path), 0, SIZE) == DATA
+    index_of(path).write_bytes(raw[: head - 1])
+    assert Recording.load(path) is None
+
+
+@pytest.mark.parametrize("tail", [bytes(ENTRY), bytes(7), b"\xff" * 100])
+def test_a_torn_tail_of_zeros_or_noise_is_cut_off(path, tail):
+    whole(path)
+    with index_of(path).open("ab") as index:
+        index.write(tail)
+    size = index_of(path).stat().st_size
+    recording = Recording.load(path)
+    assert recording.size == SIZE and recording.present() == RangeSet([(0, SIZE)])
+    assert index_of(path).stat().st_size == size - len(tail)
+
+
+def test_a_flipped_bit_anywhere_in_the_index_is_never_believed(path):
+    whole(path)
+    raw = index_of(path).read_bytes()
+    for offset in range(len(raw)):
+        index_of(path).write_bytes(raw[:offset] + bytes([raw[offset] ^ 1]) + raw[offset + 1 :])
+        recording = Recording.load(path)
+        if recording is not None:
+            assert recording.header == HEADER
+            present = list(recording.present())
+            assert len(present) <= 1 and (not present or present[0].start == 0)
+            padding = (offset - (len(raw) - 7 * ENTRY)) % ENTRY >= 28
+            assert padding or recording.size is None
+
+
+def test_a_flipped_byte_of_data_is_found_and_only_its_extent_is_damaged(path):
+    whole(path)
+    flip_byte(path, BLOCK + 5)
+    recording = Recording.load(path)
+    with pytest.raises(DamagedExtent) as caught:
+        get(recording, 0, SIZE)
+    assert (caught.value.start, caught.value.stop) == (BLOCK, 2 * BLOCK)
+    assert get(recording, 0, BLOCK) == DATA[:BLOCK]
+    assert get(recording, 2 * BLOCK, SIZE) == DATA[2 * BLOCK :]
+
+
+def test_data_that_never_reached_the_disk_is_damaged_not_zeros(path):
+    whole(path)
+    os.truncate(path, BLOCK + 10)
+    recording = Recording.load(path)
+    with pytest.raises(DamagedExtent) as caught:
+        get(recording, 0, SIZE)
+    # The whole extent, although a part of it was read: the table knows whole extents only.
+    assert (caught.value.start, caught.value.stop) == (BLOCK, 2 * BLOCK)
+    os.truncate(path, SIZE)
+    with pytest.raises(DamagedExtent):
+        get(recording, BLOCK, 2 * BLOCK)
+
+
+def test_an_unreadable_disk_is_damage_of_the_extent_that_could_not_be_read(path, monkeypatch):
+    recording = whole(path)
+
+    real = os.preadv
+
+    def broken(fd, buffers, offset, flags=0):
+        if offset >= BLOCK + 100:
+            raise OSError(errno.EIO, "broken")
+        return real(fd, [buffers[0][: BLOCK + 100 - offset]], offset, flags)
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(DamagedExtent) as caught:
+        get(recording, 0, SIZE)
+    assert (caught.value.start, caught.value.stop) == (BLOCK, 2 * BLOCK)
+
+
+@pytest.mark.parametrize("other", [Header(key="recording", generation=8), Header(key="another", generation=7)])
+def test_entries_of_another_stream_or_generation_are_refused(tmp_path, path, other):
+    """Even where index entries and data fit each other: the checksum covers key and generation."""
+    whole(path)
+    stranger = tmp_path / "stranger.data"
+    recording = Recording.create(stranger, other)
+    recording.publish(recording.append([(0, memoryview(DATA))]))
+    recording.complete(SIZE)
+    assert get(Recording.load(stranger), 0, SIZE) == DATA
+    head = index_of(path).read_bytes()[: -7 * ENTRY]
+    index_of(path).write_bytes(head + index_of(stranger).read_bytes()[-7 * ENTRY :])
+    loaded = Recording.load(path)
+    assert loaded.present() == RangeSet([(0, SIZE)])
+    for start in range(0, SIZE, BLOCK):
+        with pytest.raises(DamagedExtent):
+            get(loaded, start, min(start + BLOCK, SIZE))
+
+
+def test_data_at_another_offset_is_refused(path):
+    whole(path)
+    with path.open("r+b") as file:
+        file.seek(BLOCK)
+        file.write(DATA[:BLOCK])
+    with pytest.raises(DamagedExtent):
+        get(Recording.load(path), BLOCK, 2 * BLOCK)
+
+
+def test_a_dropped_extent_stays_dropped_after_loading(path):
+    recording = whole(path)
+    assert [(e.start, e.stop) for e in recording.drop(BLOCK + 5, BLOCK + 6)] == [(BLOCK, 2 * BLOCK)]
+    recording.log_drops()
+    recording.log_drops()
+    for loaded in (recording, Recording.load(path)):
+        assert loaded.present() == RangeSet([(0, BLOCK), (2 * BLOCK, SIZE)])
+    put(recording, BLOCK, 2 * BLOCK)
+    assert get(Recording.load(path), 0, SIZE) == DATA
+
+
+def test_a_drop_that_was_not_logged_is_logged_before_the_next_bytes(path):
+    recording = whole(path)
+    recording.drop(BLOCK, 2 * BLOCK)
+    put(recording, BLOCK, BLOCK + 10)
+    loaded = Recording.load(path)
+    assert loaded.present() == RangeSet([(0, BLOCK + 10), (2 * BLOCK, SIZE)])
+    assert get(loaded, BLOCK, BLOCK + 10) == DATA[BLOCK : BLOCK + 10]
+
+
+def test_bytes_written_twice_load_as_one_extent(path):
+    recording = Recording.create(path, HEADER)
+    put(recording, 0, BLOCK)
+    recording.append([(0, memoryview(DATA)[:BLOCK])])  # interrupted before it was published
+    loaded = Recording.load(path)
+    assert len(loaded.extents(0, BLOCK)) == 1
+    assert get(loaded, 0, BLOCK) == DATA[:BLOCK]
+
+
+def test_complete_syncs_data_then_index_then_folder(path, monkeypatch):
+    recording = Recording.create(path, HEADER)
+    put(recording, 0, SIZE)
+    order = []
+    real = os.fsync
+
+    def note(fd: int) -> None:
+        size_logged = index_of(path).stat().st_size
+        order.append((os.readlink(f"/proc/self/fd/{fd}"), size_logged))
+        real(fd)
+
+    before = index_of(path).stat().st_size
+    monkeypatch.setattr(os, "fsync", note)
+    recording.complete(SIZE)
+    assert [name for name, _ in order] == [str(path), str(index_of(path)), str(path.parent)]
+    assert [logged - before for _, logged in order] == [0, ENTRY, ENTRY]  # the end is claimed after the data is safe
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_failed_sync_is_raised_and_claims_nothing(path, monkeypatch, failing):
+    recording = Recording.create(path, HEADER)
+    put(recording, 0, SIZE)
+    calls = []
+
+    def broken(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) > failing:
+            raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError):
+        recording.complete(SIZE)
+    assert recording.size is None
+
+
+def test_writes_that_take_few_bytes_at_a_time_are_continued(path, monkeypatch):
+    write, pwrite = os.write, os.pwrite
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:5]))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:999], offset))
+    whole(path)
+    monkeypatch.undo()
+    assert get(Recording.load(path), 0, SIZE) == DATA
+
+
+def test_a_full_disk_while_logging_leaves_no_torn_entry(path, monkeypatch):
+    recording = Recording.create(path, HEADER)
+    put(recording, 0, BLOCK)
+    good = index_of(path).read_bytes()
+    write = os.write
+    budget = [40]
+
+    def full(fd, data):
+        if not budget[0]:
+            raise OSError(errno.ENOSPC, "full")
+        count = write(fd, data[: min(7, budget[0])])
+        budget[0] -= count
+        return count
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError):
+        recording.append([(BLOCK, memoryview(DATA)[BLOCK : 3 * BLOCK])])
+    monkeypatch.undo()
+    assert index_of(path).read_bytes() == good
+    put(recording, BLOCK, SIZE)
+    assert get(Recording.load(path), 0, SIZE) == DATA
+
+
+def test_a_full_disk_while_writing_data_counts_nothing(path, monkeypatch):
+    recording = Recording.create(path, HEADER)
+    pwrite = os.pwrite
+
+    def full(fd, data, offset):
+        if offset:
+            raise OSError(errno.ENOSPC, "full")
+        return pwrite(fd, data[:1000], offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError):
+        recording.append([(0, memoryview(DATA))])
+    monkeypatch.undo()
+    assert recording.present().total == 0
+    assert Recording.load(path).present().total == 0
+    put(recording, 0, SIZE)
+    assert get(recording, 0, SIZE) == DATA
+
+
+def test_reading_without_waiting_gives_all_or_says_no(path):
+    recording = whole(path)
+    out = bytearray(SIZE)
+    extents = recording.extents(0, SIZE)
+    if recording.read(extents, memoryview(out), wait=False):  # the page cache has what was just written
+        assert out == DATA
+    recording._nowait = False
+    assert recording.read(extents, memoryview(out), wait=False) is False
+    assert recording.read(extents, memoryview(out), wait=True)
+    assert out == DATA
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EOPNOTSUPP])
+def test_a_file_system_that_would_block_or_cannot_say_is_asked_in_a_thread(path, monkeypatch, code):
+    recording = whole(path)
+    real = os.preadv
+
+    def blocking(fd, buffers, offset, flags=0):
+        if flags:
+            raise OSError(code, "would block")
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", blocking)
+    out = bytearray(SIZE)
+    assert recording.read(recording.extents(0, SIZE), memoryview(out), wait=False) is False
+    assert recording.read(recording.extents(0, SIZE), memoryview(out), wait=True)
+    assert out == DATA
+    assert recording._nowait == (code == errno.EAGAIN)
+
+
+def test_descriptors_live_as_long_as_the_recording_and_no_longer(path):
+    before = open_files()
+    recording = whole(path)
+    assert len(open_files() - before) == 2
+    recording.unlink()
+    recording.unlink()
+    assert not path.exists() and not index_of(path).exists()
+    assert get(recording, 0, SIZE) == DATA
+    del recording
+    assert open_files() == before
+
+
+def test_an_anonymous_recording_leaves_no_name(tmp_path, monkeypatch):
+    before = open_files()
+    recording = Recording.anonymous(tmp_path)
+    put(recording, 0, SIZE)
+    recording.complete(SIZE)
+    assert get(recording, 0, SIZE) == DATA
+    assert list(tmp_path.iterdir()) == []
+    del recording
+    assert open_files() == before
+
+
+def test_a_folder_that_knows_no_unnamed_files_serves_too(tmp_path, monkeypatch):
+    real = os.open
+
+    def old(path, flags, *rest):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", old)
+    recording = Recording.anonymous(tmp_path)
+    put(recording, 0, SIZE)
+    assert get(recording, 0, SIZE) == DATA
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_creating_replaces_what_was_there(path):
+    whole(path)
+    Recording.create(path, Header(key="recording", generation=8))
+    loaded = Recording.load(path)
+    assert loaded.header.generation == 8
+    assert loaded.present().total == 0 and path.stat().st_size == 0
+
+
+def test_what_is_not_a_recording_is_not_loaded(path):
+    assert Recording.load(path) is None
+    path.write_bytes(DATA)
+    assert Recording.load(path) is None
+    for noise in (b"", b"streamfs recording 1\n", b"\0" * 200, os.urandom(300)):
+        index_of(path).write_bytes(noise)
+        assert Recording.load(path) is None
+    assert path.read_bytes() == DATA
+
+
+def test_punching_gives_disk_space_back_and_keeps_the_rest(path):
+    recording = Recording.create(path, HEADER)
+    put(recording, 0, SIZE)
+    before = recording.disk_bytes
+    recording.drop(0, 2 * BLOCK)
+    recording.punch(0, 2 * BLOCK)
+    assert recording.disk_bytes <= before
+    assert get(recording, 2 * BLOCK, SIZE) == DATA[2 * BLOCK :]
+
+
+def test_far_offsets_are_sparse_on_disk(path):
+    far = 3 << 40
+    recording = Recording.create(path, HEADER)
+    recording.publish(recording.append([(far, memoryview(DATA))]))
+    assert recording.disk_bytes < 2 << 20
+    loaded = Recording.load(path)
+    assert loaded.extents(far, far + 1) == [Extent(far, far + BLOCK, recording.extents(far, far + 1)[0].crc)]
+    assert get(loaded, far, far + SIZE) == DATA
