@@ -549,7 +549,7 @@ def test_settling_makes_it_all_durable_in_order_and_frees_memory(path, monkeypat
         return real_write(fd, data, offset)
 
     def fsync(fd):
-        order.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        order.append(Path(f"/proc/self/fd/{fd}").readlink().name)
         assert recording.size is None  # nobody is told before it is durable
         real_sync(fd)
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +30,7 @@ def test_holds_what_a_set_of_integers_holds_in_sorted_disjoint_untouching_ranges
     pairs = list(ranges)
     assert len(ranges) == len(pairs)
     assert all(r.start < r.stop for r in pairs)
-    assert all(a.stop < b.start for a, b in zip(pairs, pairs[1:], strict=False))
+    assert all(a.stop < b.start for a, b in pairwise(pairs))
 
 
 @given(edits, offsets, offsets)
@@ -44,7 +46,7 @@ def test_answers_as_a_set_of_integers_would(steps, start, stop):
     assert ranges.covers(start, stop) == (not absent)
     gaps = list(ranges.gaps(start, stop))
     assert [x for gap in gaps for x in range(gap.start, gap.stop)] == absent
-    assert all(a.stop < b.start for a, b in zip(gaps, gaps[1:], strict=False))
+    assert all(a.stop < b.start for a, b in pairwise(gaps))
 
 
 @given(edits)

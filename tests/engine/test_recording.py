@@ -46,9 +46,9 @@ def whole(path: Path) -> Recording:
 def open_files() -> set[str]:
     gc.collect()
     found = set()
-    for name in os.listdir("/proc/self/fd"):
+    for name in Path("/proc/self/fd").iterdir():
         try:
-            found.add(f"{name} {os.readlink('/proc/self/fd/' + name)}")
+            found.add(f"{name.name} {name.readlink()}")
         except FileNotFoundError:
             continue  # the listing's own
     return {f for f in found if "/proc/" not in f}
@@ -239,7 +239,7 @@ def test_complete_syncs_data_then_index_then_folder(path, monkeypatch):
 
     def note(fd: int) -> None:
         size_logged = index_of(path).stat().st_size
-        order.append((os.readlink(f"/proc/self/fd/{fd}"), size_logged))
+        order.append((str(Path(f"/proc/self/fd/{fd}").readlink()), size_logged))
         real(fd)
 
     before = index_of(path).stat().st_size
