@@ -24,8 +24,7 @@ from typing import Any, Self, TypeAlias, cast
 import msgspec
 
 from streamfs.errors import AlreadyExists, Busy, Damaged, InvalidRequest, NoSpace, NotFound, NotPermitted, StreamfsError
-from streamfs.sources.base import Facts
-from streamfs.spec import AnySource, StreamOptions, StreamSpec, check_name, check_spec, from_json, to_json
+from streamfs.spec import AnySource, Facts, StreamOptions, StreamSpec, check_name, check_spec, from_json, to_json
 
 FIRST_ID = 2  # ids become inodes, and 1 is the root of every FUSE mount
 _APPLICATION_ID = 0x73666373  # "sfcs", in the file's header

@@ -11,6 +11,7 @@ import functools
 import json
 import re
 import shlex
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
@@ -95,6 +96,24 @@ class StreamSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False):
                 return redact_text(shlex.join(argv))
             case ShellSource(line=line):
                 return redact_text(line)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a source said of its bytes in one reply.
+
+    `size`: the exact total length in bytes, None while unknown; never a guess.
+    `ranged`: bodies may start at any offset, and bytes of two bodies with the same validator are of one version.
+    `validator`: names the version: bytes under equal validators are equal. None: no two bodies can be compared,
+    so such a source is never `ranged`.
+    `modified`: seconds since the epoch, None when not told. `mime`: "audio/flac", without parameters.
+    """
+
+    size: int | None = None
+    ranged: bool = False
+    validator: str | None = None
+    mime: str | None = None
+    modified: float | None = None
 
 
 class MountOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

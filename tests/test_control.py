@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -65,8 +66,13 @@ class Running:
         assert self._ready.wait(10)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop_soon(self) -> None:
+        """From within the loop, or from another thread."""
         self.token.run_sync_soon(self._scope.cancel)
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            self.stop_soon()
         self._thread.join(10)
         assert not self._thread.is_alive()
 

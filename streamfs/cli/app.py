@@ -17,6 +17,7 @@ from streamfs.cli.show import ls, status
 from streamfs.errors import StreamfsError
 
 FAILURE, USAGE, INTERRUPT = 1, 2, 130
+COMPLETION_VARIABLE = "_STREAMFS_COMPLETE"  # set by the shell's completion that click generates
 DEBUG_VARIABLE = "STREAMFS_DEBUG"
 """Set, it shows the traceback of what went wrong besides its one line."""
 
@@ -44,8 +45,12 @@ for command in (mount, umount, add, rm, mv, ls, status, persist, unpersist, save
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (None: the process' own) and give its exit code: 0, 1 failure, 2 usage,
     130 interrupt."""
+    if COMPLETION_VARIABLE in os.environ:
+        cli.main(prog_name="streamfs")
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        cli.main(arguments, prog_name="streamfs", standalone_mode=False, auto_envvar_prefix="STREAMFS")
+        with cli.make_context("streamfs", words, auto_envvar_prefix="STREAMFS") as context:
+            cli.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as end:
         return end.exit_code

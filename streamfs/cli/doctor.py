@@ -34,7 +34,7 @@ class Finding:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--json", "as_json", is_flag=True, envvar="STREAMFS_DOCTOR_JSON", help="One JSON document.")
 def doctor(as_json: bool) -> None:
     """Check this system: FUSE, rights, libraries, disk, dead mounts.
 

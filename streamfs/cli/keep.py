@@ -212,7 +212,7 @@ _CACHE_DIR = click.option(
 
 @click.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1, type=types.NAME)
-@click.option("--all", "every", is_flag=True, help="All streams that are not persisted.")
+@click.option("--all", "every", is_flag=True, envvar="STREAMFS_EVICT_ALL", help="All streams that are not persisted.")
 @_CACHE_DIR
 def evict(names: tuple[str, ...], every: bool, cache_dir: str | None) -> None:
     """Drop cached bytes. The streams stay registered and readable."""
@@ -224,7 +224,7 @@ def evict(names: tuple[str, ...], every: bool, cache_dir: str | None) -> None:
 
 @click.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1, type=types.NAME)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--json", "as_json", is_flag=True, envvar="STREAMFS_VERIFY_JSON", help="One JSON document.")
 @_CACHE_DIR
 def verify(names: tuple[str, ...], as_json: bool, cache_dir: str | None) -> None:
     """Read the cached bytes of streams (without NAMEs: of all) and check them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,15 @@ def umount(mountpoint: str | None, lazy: bool) -> None:
     with client:
         try:
             mine = _mountpoint_of(client)
+        except Unreachable:  # it hangs: the kernel has to help
+            mine = mounts.absolute(mountpoint) if mountpoint is not None else _only_mount()
+            _detach(mine, lazy)
+        else:
             if mountpoint is not None and mounts.absolute(mountpoint) != mine:
                 _detach(mounts.absolute(mountpoint), lazy)
                 return
-            client.call("shutdown", lazy=lazy)
-        except Unreachable:
-            mine = mounts.absolute(mountpoint) if mountpoint is not None else _only_mount()
-            _detach(mine, lazy)
+            with contextlib.suppress(Unreachable):  # it may be gone before its answer is here
+                client.call("shutdown", lazy=lazy)
     _wait_for_end(home, mine)
 
 

@@ -74,7 +74,14 @@ class _AddCommand(click.Command):
 @click.option("--shell", metavar="LINE", help="Read what LINE prints, run by /bin/sh -c.")
 @click.option("--replace", is_flag=True, help="Take the place of a stream of the same name.")
 @click.option("--size", type=types.SIZE, help="The exact length, where the source does not tell.")
-@click.option("--header", "headers", type=types.HEADER, multiple=True, help="A request header (repeatable).")
+@click.option(
+    "--header",
+    "headers",
+    type=types.HEADER,
+    multiple=True,
+    envvar="STREAMFS_ADD_HEADER",
+    help="A request header (repeatable).",
+)
 @click.option("--user-agent", metavar="TEXT", help="The User-Agent header.")
 @click.option("--cookie-file", metavar="FILE", help="Cookies, as browsers' extensions and curl save them.")
 @click.option("--netrc", metavar="FILE", help="Logins, in netrc format.")
@@ -98,7 +105,14 @@ class _AddCommand(click.Command):
 @click.option("--eager", is_flag=True, help="Start with the mount, not with the first read.")
 @click.option("--cwd", metavar="DIR", help="Where the command runs. [default: the current directory]")
 @click.option("--env", type=types.VARIABLE, multiple=True, help="A variable for the command (repeatable).")
-@click.option("--transform", "transforms", metavar="NAME", multiple=True, help="Filter the bytes (repeatable).")
+@click.option(
+    "--transform",
+    "transforms",
+    metavar="NAME",
+    multiple=True,
+    envvar="STREAMFS_ADD_TRANSFORM",
+    help="Filter the bytes (repeatable).",
+)
 @click.option("--allow-private", is_flag=True, help="Let a public URL redirect to private addresses.")
 @click.option("--refresh-command", metavar="COMMAND", help="Prints a fresh URL when this one has expired.")
 @click.pass_context
@@ -145,7 +159,7 @@ def _checked_url(url: str) -> str:
 
 def _options(source: AnySource, given: dict[str, Any]) -> StreamOptions:
     """The options of the command line as those of a stream; files are made absolute and tried."""
-    values = {key: value for key, value in given.items() if value not in (None, (), False)}
+    values = {key: value for key, value in given.items() if value is not None and value is not False and value != ()}
     for key in ("cookie_file", "netrc", "cacert", "cert", "key"):
         if key in values:
             values[key] = _readable_file(key, values[key])
@@ -159,8 +173,6 @@ def _options(source: AnySource, given: dict[str, Any]) -> StreamOptions:
         values["refresh_command"] = _words(values["refresh_command"])
     if not isinstance(source, UrlSource):
         values["cwd"] = _directory(values.get("cwd", "."))
-    if values.get("size") is None and given.get("size") == 0:
-        values["size"] = 0
     return msgspec.structs.replace(StreamOptions(), **values)
 
 

@@ -85,10 +85,7 @@ class Live:
         self._client = client
 
     def add(self, spec: StreamSpec, replace: bool) -> None:
-        if replace:
-            self._client.call("add_many", specs=[spec], replace=True)
-        else:
-            self._client.call("add", spec=spec)
+        self._client.call("add", spec=spec, **({"replace": True} if replace else {}))
 
     def remove(self, names: Sequence[str]) -> None:
         self._client.call("remove", names=names)

@@ -7,26 +7,9 @@ connection or the process and returns within seconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a source said of its bytes in one reply.
-
-    `size`: the exact total length in bytes, None while unknown; never a guess.
-    `ranged`: bodies may start at any offset, and bytes of two bodies with the same validator are of one version.
-    `validator`: names the version: bytes under equal validators are equal. None: no two bodies can be compared,
-    so such a source is never `ranged`.
-    `modified`: seconds since the epoch, None when not told. `mime`: "audio/flac", without parameters.
-    """
-
-    size: int | None = None
-    ranged: bool = False
-    validator: str | None = None
-    mime: str | None = None
-    modified: float | None = None
+from streamfs.spec import Facts as Facts  # beside the specification, so that the catalogue needs no source
 
 
 class Body(Protocol):
