@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from streamfs.errors import NotPermitted, SourceFailed
-from streamfs.sources.addresses import Origin, Resolver, is_private, permitted, redirect_target
+from streamfs.sources.addresses import Origin, Resolver, is_private, is_private_name, permitted, redirect_target
 from streamfs.sources.transport import TransportError
 
 
@@ -38,6 +38,17 @@ async def test_a_name_without_address_is_a_failure_to_connect() -> None:
     with pytest.raises(TransportError) as raised:
         await Resolver().resolve("http://nothing.invalid/x")
     assert raised.value.kind == "connect"
+
+
+@pytest.mark.parametrize(
+    ("host", "private"),
+    [
+        *(("localhost", True), ("a.localhost", True), ("2130706433", True), ("0x7f.1", True), ("10.0.0.1", True)),
+        *(("8.8.8.8", False), ("134744072", False), ("example.org", False), ("::1", True)),
+    ],
+)
+def test_a_name_that_says_it_is_private_is_believed(host: str, private: bool) -> None:
+    assert is_private_name(host) is private
 
 
 def test_only_permitted_addresses_are_left() -> None:

@@ -162,9 +162,9 @@ def test_a_validator_is_what_names_one_version(fields: dict[str, str], size: int
     assert validator_of(Headers(fields.items()), size) == validator
 
 
-def test_if_range_carries_the_tag_or_the_date() -> None:
+def test_if_range_carries_a_strong_tag_and_nothing_else() -> None:
     assert precondition('etag:"a:b;size:"') == '"a:b;size:"'
-    assert precondition(f'modified:{DATE};size:10;weak:W/"a"') == DATE
+    assert precondition(f'modified:{DATE};size:10;weak:W/"a"') is None
     assert precondition(None) is None
 
 

@@ -60,10 +60,18 @@ def is_private(address: str) -> bool:
     return not ip.is_global or ip.is_multicast or ip.is_reserved or ip.is_unspecified
 
 
-def is_private_literal(host: str) -> bool:
-    """Whether `host` is written as a private address; a name is not. For where a proxy does the resolving."""
+def is_private_name(host: str) -> bool:
+    """Whether `host` says by itself that it is private: localhost, or an address in any spelling. For where a proxy
+    does the resolving; any other name may be anything."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
     literal = _literal(host)
-    return literal is not None and is_private(literal)
+    if literal is None:
+        try:
+            literal = socket.inet_ntoa(socket.inet_aton(host))
+        except (OSError, UnicodeError):
+            return False
+    return is_private(literal)
 
 
 def redirect_target(url: str, location: str, *, downgrade_allowed: bool) -> str:
@@ -91,8 +99,12 @@ def permitted(addresses: list[str], *, private_allowed: bool, url: str) -> list[
     """Those of `addresses` that may be dialled for `url`. Raises NotPermitted where none may."""
     allowed = [address for address in addresses if private_allowed or not is_private(address)]
     if not allowed:
-        raise NotPermitted(f"redirected to {redact_url(url)}, a private or local address; --allow-private permits it")
+        raise not_permitted(url)
     return allowed
+
+
+def not_permitted(url: str) -> NotPermitted:
+    return NotPermitted(f"redirected to {redact_url(url)}, a private or local address; --allow-private permits it")
 
 
 class Resolver:

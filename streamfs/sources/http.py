@@ -83,7 +83,8 @@ class Transports:
     async def aclose(self) -> None:
         for transport in (self._plain, self._curl):
             if transport is not None:
-                await transport.aclose()
+                with trio.move_on_after(5, shield=True):  # also while being cancelled
+                    await transport.aclose()
 
     async def __aenter__(self) -> Transports:
         return self
@@ -110,6 +111,9 @@ class HttpSource:
         attempts = Attempts(self._url, ATTEMPTS, FIRST_ATTEMPTS if expect is None else ATTEMPTS)
         with trio.move_on_after(_seconds(self._stall_timeout)):
             answer = await self.settle(Asked(start, stop, expect=expect), attempts)
+            if isinstance(answer.verdict, Part) and not answer.verdict.facts.ranged and stop is not None:
+                await answer.aclose()  # one-way after all: one reply must do for the whole
+                answer = await self.settle(Asked(0, None, expect=expect), attempts)
             try:
                 return self._body(answer, start, stop)
             except BaseException:
@@ -225,8 +229,7 @@ class HttpSource:
     async def _is_private(self, url: str) -> bool:
         """Whether the registered URL itself is a private address: then its redirects may stay among those."""
         if not self._resolves(url):
-            host = Origin.of(url).host
-            return host == "localhost" or host.endswith(".localhost") or addresses.is_private_literal(host)
+            return addresses.is_private_name(Origin.of(url).host)
         return any(map(addresses.is_private, await self._transports.resolver.resolve(url)))
 
     def _resolves(self, url: str) -> bool:
@@ -238,8 +241,8 @@ class HttpSource:
         transport = self._transports.pick(url, self._options)
         request = await self._request(url, asked)
         if not self._resolves(url):
-            if not private_allowed and addresses.is_private_literal(Origin.of(url).host):
-                addresses.permitted([Origin.of(url).host], private_allowed=False, url=url)
+            if not private_allowed and addresses.is_private_name(Origin.of(url).host):
+                raise addresses.not_permitted(url)
             return await transport.request(request)
         found = await self._transports.resolver.resolve(url)
         failure: TransportError | None = None

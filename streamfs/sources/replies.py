@@ -222,11 +222,10 @@ def validator_of(headers: Headers, size: int | None) -> str | None:
 
 
 def precondition(validator: str | None) -> str | None:
-    """The If-Range value that pins this version, None where nothing can."""
-    if validator is None:
-        return None
-    kind, _, rest = validator.partition(":")
-    return rest if kind == "etag" else rest.split(";size:")[0]
+    """The If-Range value that pins this version, None where nothing does. Dates are not sent: a server may then leave
+    Last-Modified off its reply (RFC 9110, 15.3.7), which is what `compare` needs to see."""
+    kind, _, tag = (validator or "").partition(":")
+    return tag if kind == "etag" else None
 
 
 def compare(expect: Facts | None, facts: Facts) -> Changed | Refused | None:

@@ -206,6 +206,13 @@ async def test_a_lie_that_transports_meet_differently_gives_right_bytes_or_an_er
             assert_right(got, body.start, DEFAULT_SIZE)
 
 
+async def test_a_range_of_a_server_without_versions_costs_one_reading(origin: Running, transports: Transports) -> None:
+    made = source(origin[1], "fault=no-validator", transports)
+    with trio.fail_after(DEADLINE):
+        assert_right(await read(await made.open(0, 1000, None)), 0, DEFAULT_SIZE)
+    assert [headers["range"] for _, headers in origin[0].log] == ["bytes=0-999", "bytes=0-"]
+
+
 async def test_a_part_that_holds_the_whole_file_is_not_taken_for_the_part(
     origin: Running, transports: Transports
 ) -> None:
