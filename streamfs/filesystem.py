@@ -105,6 +105,7 @@ class FileSystem:
         self._streams: dict[int, Stream] = {}  # made when first needed
         self._removed: dict[int, Stream] = {}  # gone from the catalogue, but still open
         self._handles: dict[int, tuple[Handle, File]] = {}
+        self._polls: dict[int, Callable[[], None]] = {}  # whom to tell that a handle is ready
         self._numbers = itertools.count(1)
         self._catalog_turn = trio.CapacityLimiter(1)
         self._probing = trio.CapacityLimiter(PROBES)
@@ -252,16 +253,45 @@ class FileSystem:
 
     async def read(self, number: int, offset: int, size: int, *, partial: bool = False) -> memoryview:
         """As Handle.read. Raises NotFound for a handle that is not open."""
+        return await self._handle(number).read(offset, size, partial=partial)
+
+    async def read_available(self, number: int, offset: int, size: int) -> memoryview | None:
+        """As Handle.read_available."""
+        return await self._handle(number).read_available(offset, size)
+
+    def is_ready(self, number: int, when_ready: Callable[[], None] | None = None) -> bool:
+        """Whether a read where the last one ended would be answered at once. If not, `when_ready` is called once it
+        would; a later call's replaces it."""
+        handle = self._handle(number)
+        if handle.ready_at(handle.position):
+            return True
+        if when_ready is not None:
+            if number not in self._polls:
+                self._nursery.start_soon(self._poll, number, handle)
+            self._polls[number] = when_ready
+        return False
+
+    async def _poll(self, number: int, handle: Handle) -> None:
+        try:
+            await handle.wait_until_ready()
+        except StreamfsError as error:
+            log.debug("polling ends: %s", error)  # the read that follows raises it
+        when_ready = self._polls.pop(number, None)
+        if when_ready is not None:
+            when_ready()
+
+    def _handle(self, number: int) -> Handle:
         opened = self._handles.get(number)
         if opened is None:
             raise NotFound("not an open file")
-        return await opened[0].read(offset, size, partial=partial)
+        return opened[0]
 
     def release(self, number: int) -> None:
         opened = self._handles.pop(number, None)
         if opened is None:
             return
         handle, file = opened
+        self._polls.pop(number, None)
         handle.close()
         removed = self._removed.get(file.stream_id)
         if removed is not None and not removed.readers:

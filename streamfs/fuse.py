@@ -6,8 +6,9 @@ import errno
 import functools
 import logging
 import os
+import select
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyfuse3
 from pyfuse3 import FileHandleT, FileNameT, InodeT, RequestContext, XAttrNameT
@@ -40,6 +41,19 @@ def _guarded(handler: _Handler) -> _Handler:
     return guarded  # type: ignore[return-value]
 
 
+class _OpenFile(NamedTuple):
+    opener: int  # pid
+    direct: bool  # the length is unknown
+    nonblocking: bool  # opened with O_NONBLOCK: reads give what is there, or EAGAIN
+
+
+def _notify(handle: pyfuse3.PollHandle) -> None:
+    try:
+        handle.notify()
+    except OSError as error:
+        log.debug("nobody polls any more: %s", error)
+
+
 class Operations(pyfuse3.Operations):
     """What the kernel asks, answered by a FileSystem."""
 
@@ -51,8 +65,7 @@ class Operations(pyfuse3.Operations):
         self._fs = filesystem
         self._interrupts = interrupts
         self._listings: dict[int, list[tuple[bytes, Attributes]]] = {}
-        self._direct: dict[int, bool] = {}
-        self._openers: dict[int, int] = {}  # pid by handle
+        self._files: dict[int, _OpenFile] = {}
         self._next_listing = 1
         self._uid, self._gid = os.getuid(), os.getgid()
 
@@ -122,8 +135,8 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EACCES)
         with self._interrupts.watch(ctx.pid):
             opened = await self._fs.open(inode)
-        self._direct[opened.handle] = opened.direct
-        self._openers[opened.handle] = ctx.pid
+        eager = opened.direct and bool(flags & os.O_NONBLOCK)
+        self._files[opened.handle] = _OpenFile(ctx.pid, opened.direct, eager)
         # Pages may stay in the kernel's cache from open to open: an inode's bytes never change.
         return pyfuse3.FileInfo(fh=FileHandleT(opened.handle), direct_io=opened.direct, keep_cache=not opened.direct)
 
@@ -132,13 +145,25 @@ class Operations(pyfuse3.Operations):
         found = self._fs.read_now(fh, off, size)
         if found is not None:
             return found
-        with self._interrupts.watch(self._openers.get(fh, 0)):
-            return await self._fs.read(fh, off, size, partial=self._direct.get(fh, False))
+        file = self._files[fh]
+        with self._interrupts.watch(file.opener):
+            if not file.nonblocking:
+                return await self._fs.read(fh, off, size, partial=file.direct)
+            found = await self._fs.read_available(fh, off, size)
+        if found is None:
+            raise pyfuse3.FUSEError(errno.EAGAIN)
+        return found
+
+    @_guarded
+    async def poll(
+        self, inode: InodeT, fh: FileHandleT, poll_handle: pyfuse3.PollHandle | None, ctx: RequestContext
+    ) -> int:
+        notify = None if poll_handle is None else functools.partial(_notify, poll_handle)
+        return select.POLLIN | select.POLLRDNORM if self._fs.is_ready(fh, notify) else 0
 
     @_guarded
     async def release(self, fh: FileHandleT) -> None:
-        self._direct.pop(fh, None)
-        self._openers.pop(fh, None)
+        self._files.pop(fh, None)
         self._fs.release(fh)
 
     @_guarded

@@ -128,6 +128,10 @@ class Generation:
         self._follow(offset + len(view))
         return view
 
+    async def wait(self, offset: int) -> None:
+        """Wait for the byte at `offset`, or for any reason to look again. Raises the stream's failure."""
+        await self.buffer.wait_async(offset, 1, self.demand)
+
     def demand(self, missing: int, stop: int) -> None:
         """A reader waits for missing..stop: see to it that a fetch brings them."""
         self.used = time.monotonic()

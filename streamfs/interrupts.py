@@ -59,6 +59,7 @@ class Interrupts:
                 await self._some.wait()
             await trio.sleep(LOOK_EVERY)
             for pid in list(self._waits):
+                await trio.lowlevel.checkpoint()  # some 50 microseconds each: with thousands, others come first
                 try:
                     ended = _is_being_killed(pid)
                 except OSError as error:

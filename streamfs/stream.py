@@ -49,6 +49,8 @@ class Handle:
         self._stream = stream
         self._generation = generation
         self._closed = False
+        self.position = 0
+        """Where the last read ended: what poll(2) asks about, as it names no offset."""
         generation.handles += 1
         generation.used = time.monotonic()
 
@@ -62,7 +64,10 @@ class Handle:
 
     def read_now(self, offset: int, size: int) -> memoryview | None:
         """What `read` would give, if all of it is in one piece of memory; None where it is not, or fails."""
-        return self._generation.read_now(offset, size)
+        view = self._generation.read_now(offset, size)
+        if view is not None:
+            self.position = offset + len(view)
+        return view
 
     async def read(self, offset: int, size: int, *, partial: bool = False) -> memoryview:
         """Exactly `size` bytes from `offset`, fewer only at the proven end; the view is good until the next await.
@@ -71,12 +76,34 @@ class Handle:
         only a read of none of them raises.
         """
         try:
-            return await self._generation.read(offset, size)
+            view = await self._generation.read(offset, size)
         except StreamfsError:
             count = self._generation.buffer.available(offset, size) if partial else 0
             if not count:
                 raise
-            return await self._generation.read(offset, count)
+            view = await self._generation.read(offset, count)
+        self.position = offset + len(view)
+        return view
+
+    async def read_available(self, offset: int, size: int) -> memoryview | None:
+        """Up to `size` bytes from `offset` that are there, without waiting for the source; None where there are none
+        yet. Empty at the proven end. Raises what stands in their way."""
+        count = self._generation.buffer.available(offset, size)
+        if not count and not self.ready_at(offset):
+            self._generation.demand(offset, offset + size)
+            return None
+        return await self.read(offset, count or 1)
+
+    def ready_at(self, offset: int) -> bool:
+        """Whether a read at `offset` would be answered at once, be it by the end or an error."""
+        buffer = self._generation.buffer
+        at_end = buffer.size is not None and offset >= buffer.size
+        return at_end or buffer.failure is not None or buffer.available(offset, 1) > 0
+
+    async def wait_until_ready(self) -> None:
+        """Wait until a read at `position` would be answered at once. The bytes there are fetched meanwhile."""
+        while not self.ready_at(self.position):
+            await self._generation.wait(self.position)
 
     def close(self) -> None:
         if not self._closed:
