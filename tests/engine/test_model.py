@@ -1,0 +1,441 @@
+"""Random operations on a Buffer with a recording, against plain bytes.
+
+The model is what was brought: a set of offsets whose bytes may be read. A read gives exactly the stream's bytes,
+whose every byte names its stream, generation and offset, or says that some are missing or damaged; nothing else.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from streamfs.engine.buffer import Buffer, Missing, Writer
+from streamfs.engine.pool import LARGE, SMALL, Pool
+from streamfs.engine.recording import BLOCK, Header, Recording
+from streamfs.engine.streambuffer import StreamBuffer
+from streamfs.errors import Closed, Damaged, SourceFailed
+from tests.fakes import flip_byte, named_bytes
+
+EXAMPLES = int(os.environ.get("STREAMFS_EXAMPLES", "200"))
+SIZE = 5 * SMALL + 777
+EDGES = sorted({e + d for e in range(0, SIZE + 1, SMALL) for d in (-1, 0, 1) if 0 <= e + d <= SIZE} | {SIZE})
+offsets = st.one_of(st.integers(0, SIZE), st.sampled_from(EDGES))
+lengths = st.one_of(st.integers(0, 200), st.integers(0, SIZE), st.sampled_from([1, SMALL, SMALL + 1, 2 * SMALL]))
+
+KEY, GENERATION = "model", 3
+DATA = named_bytes(KEY, GENERATION, SIZE)
+STRANGER = named_bytes("stranger", 1, LARGE)
+
+
+class Runs:
+    """A set of offsets below SIZE, one byte each; as simple as it can be."""
+
+    def __init__(self) -> None:
+        self.marks = bytearray(SIZE)
+
+    def add(self, start: int, stop: int) -> None:
+        self.marks[start:stop] = b"\1" * (stop - start)
+
+    def discard(self, start: int, stop: int) -> None:
+        self.marks[start:stop] = bytes(stop - start)
+
+    def first_gap(self, start: int, stop: int) -> int | None:
+        index = self.marks.find(0, start, stop)
+        return None if index < 0 else index
+
+    def next_start(self, start: int) -> int | None:
+        index = self.marks.find(1, start)
+        return None if index < 0 else index
+
+    def stop_of_run(self, start: int) -> int:
+        index = self.marks.find(0, start)
+        return SIZE if index < 0 else index
+
+    def holds(self, offset: int) -> bool:
+        return bool(self.marks[offset])
+
+    @property
+    def total(self) -> int:
+        return self.marks.count(1)
+
+
+class BufferMachine(RuleBasedStateMachine):
+    @initialize(declared=st.booleans(), refetchable=st.booleans(), recorded=st.booleans())
+    def begin(self, declared: bool, refetchable: bool, recorded: bool) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="streamfs-model-"))
+        self.path = self.folder / "1-3.data"
+        self.pool = Pool(2 * LARGE)
+        self.size = SIZE if declared else None
+        self.buffer = Buffer(self.pool, size=self.size)
+        self.buffer.refetchable = refetchable
+        self.refetchable = refetchable
+        self.present = Runs()
+        self.flipped: set[int] = set()  # offsets whose byte on disk differs; each is in the recording
+        self.damaged = Runs()
+        self.failed = False
+        self.writers: list[tuple[Writer, memoryview | None]] = []
+        self.stranger = Buffer(self.pool)
+        self.guest = self.stranger.writer(0)
+        if recorded:
+            self.record()
+
+    def teardown(self) -> None:
+        if hasattr(self, "buffer"):
+            self.close_writers()
+            self.buffer.close()
+            self.guest.close()
+            self.stranger.close()
+            assert self.pool.used == 0, "memory was lost"
+            shutil.rmtree(self.folder)
+
+    def close_writers(self) -> None:
+        for writer, _ in self.writers:
+            writer.close()
+        self.writers.clear()
+
+    # Writing
+
+    @rule(position=offsets)
+    def enter_writer(self, position: int) -> None:
+        if len(self.writers) < 4:
+            self.writers.append((self.buffer.writer(position), None))
+
+    def chosen(self, which: int) -> int | None:
+        return which % len(self.writers) if self.writers else None
+
+    @rule(which=st.integers(0, 3))
+    def ask_for_room(self, which: int) -> None:
+        index = self.chosen(which)
+        if index is None:
+            return
+        writer, held = self.writers[index]
+        if held is not None or writer.met:
+            return
+        room = writer.room()
+        if room is not None:
+            assert room
+            room[:] = b"\xaa" * len(room)  # a network library may scribble over all of it
+            self.writers[index] = (writer, room)
+
+    @rule(which=st.integers(0, 3), count=lengths)
+    def write(self, which: int, count: int) -> None:
+        self.ask_for_room(which)
+        index = self.chosen(which)
+        if index is None or self.writers[index][1] is None:
+            return
+        writer, room = self.writers[index]
+        assert room is not None
+        start = writer.position
+        count = min(count, len(room), SIZE - start)
+        room[:count] = DATA[start : start + count]
+        writer.wrote(count)
+        self.writers[index] = (writer, None)
+        ahead = self.present.next_start(start)
+        end = start + count if ahead is None else min(start + count, ahead)
+        assert writer.position == end
+        assert writer.met == ((end < SIZE and self.present.holds(end)) or (self.size is not None and end >= SIZE))
+        self.present.add(start, end)
+        self.damaged.discard(start, end)
+
+    @rule(which=st.integers(0, 3))
+    def leave(self, which: int) -> None:
+        index = self.chosen(which)
+        if index is not None:
+            self.writers.pop(index)[0].close()
+
+    @rule(which=st.integers(0, 3))
+    def write_all(self, which: int) -> None:
+        index = self.chosen(which)
+        while index is not None and not self.writers[index][0].met:
+            if self.writers[index][0].position >= SIZE:
+                break
+            before = self.writers[index][0].position
+            self.write(which, SMALL)
+            if self.writers[index][0].position == before:
+                break  # the pool is spent
+
+    @rule(count=st.integers(1, 3))
+    def another_stream_takes_memory(self, count: int) -> None:
+        for _ in range(count):
+            room = self.guest.room()
+            if room is None or self.guest.position + len(room) > LARGE:
+                return
+            room[:] = STRANGER[self.guest.position : self.guest.position + len(room)]
+            self.guest.wrote(len(room))
+
+    @rule()
+    def another_stream_goes(self) -> None:
+        self.guest.close()
+        self.stranger.close()
+        self.stranger = Buffer(self.pool)
+        self.guest = self.stranger.writer(0)
+
+    # Reading
+
+    @rule(offset=st.one_of(offsets, st.integers(SIZE, 2 * SIZE)), size=lengths)
+    def read(self, offset: int, size: int) -> None:
+        stop = offset + size
+        if self.size is not None:
+            stop = max(offset, min(stop, self.size))
+        if stop <= offset:
+            assert self.buffer.read_copy(offset, size) == b""
+            return
+        while True:
+            gap = self.present.first_gap(offset, min(stop, SIZE)) if offset < SIZE else offset
+            if gap is None and stop > SIZE:
+                gap = SIZE
+            if gap is not None:
+                if gap < SIZE and self.damaged.holds(gap):
+                    with pytest.raises(Damaged):
+                        self.buffer.read_copy(offset, size)
+                elif self.failed:
+                    with pytest.raises(SourceFailed):
+                        self.buffer.read_copy(offset, size)
+                else:
+                    assert self.buffer.read_copy(offset, size) == Missing(gap)
+                return
+            bad = self.find_damage(offset, stop)
+            if bad is None:
+                assert self.buffer.read_copy(offset, size) == DATA[offset:stop]
+                return
+            found = self.buffer.copy(offset, size)
+            assert not isinstance(found, bytes), "a flipped byte was served"
+            assert not isinstance(found, Missing)
+            if self.buffer.settle(found, wait=True) is not None:
+                raise AssertionError("a flipped byte was served")
+            self.learn_damage()
+
+    def find_damage(self, start: int, stop: int) -> int | None:
+        recording = self.buffer.recording
+        assert recording is not None or not self.flipped
+        for offset in self.flipped:
+            if any(e.start <= offset < e.stop for e in recording.extents(start, stop)):
+                return offset
+        return None
+
+    def learn_damage(self) -> None:
+        """One flipped byte was found: the extent that held it, one block at most, is no longer claimed."""
+        recording = self.buffer.recording
+        on_disk = recording.present()
+        found = [o for o in self.flipped if not on_disk.covers(o, o + 1)]
+        assert found, "damage was found where none is"
+        for offset in found:
+            self.flipped.discard(offset)
+            low, high = offset - offset % BLOCK, min(offset - offset % BLOCK + BLOCK, SIZE)
+            for x in range(low, high):
+                if self.present.holds(x) and self.buffer.available(x, 1) == 0:
+                    self.present.discard(x, x + 1)
+                    if not self.refetchable:
+                        self.damaged.add(x, x + 1)
+            assert not self.present.holds(offset)
+
+    # The end, failures
+
+    @rule()
+    def fail(self) -> None:
+        self.buffer.fail(SourceFailed("the cable"))
+        self.failed = True
+
+    @rule()
+    def retry(self) -> None:
+        self.buffer.retry()
+        self.failed = False
+
+    @rule()
+    def end(self) -> None:
+        self.buffer.ended(SIZE)
+        self.size = SIZE
+
+    @rule(size=offsets)
+    def end_wrongly(self, size: int) -> None:
+        if size != SIZE and (self.size is not None or self.present.next_start(size) is not None):
+            with pytest.raises(SourceFailed):
+                self.buffer.ended(size)
+
+    # Resting places
+
+    def record(self) -> None:
+        self.buffer.record(Recording.create(self.path, Header(key=KEY, generation=GENERATION)))
+
+    @precondition(lambda self: self.buffer.recording is None)
+    @rule()
+    def record_later(self) -> None:
+        self.record()
+
+    @rule(most=st.integers(1, SIZE), all_of_it=st.booleans())
+    def spill(self, most: int, all_of_it: bool) -> None:
+        before = self.buffer.memory
+        moved = self.buffer.spill(most, all_of_it=all_of_it)
+        assert moved < most + LARGE
+        if moved:
+            assert self.buffer.memory < before
+
+    @rule(most=st.integers(1, SIZE))
+    def forget_memory(self, most: int) -> None:
+        lost = self.buffer.forget_memory(most)
+        if not self.refetchable:
+            assert lost == 0
+            return
+        for start in range(SIZE):
+            if self.present.holds(start) and not self.buffer.available(start, 1):
+                self.present.discard(start, start + 1)
+                lost -= 1
+        assert lost == 0
+
+    @precondition(lambda self: self.buffer.recording is not None)
+    @rule()
+    def settle_for_good(self) -> None:
+        if self.size is None or self.present.first_gap(0, SIZE) is not None:
+            with pytest.raises(ValueError):
+                self.buffer.settle_for_good()
+            return
+        self.buffer.settle_for_good()
+        plain = bytearray(self.path.read_bytes())
+        for offset in self.flipped:
+            plain[offset] = DATA[offset]
+        assert plain == DATA
+
+    @precondition(lambda self: self.buffer.recording is not None)
+    @rule(offset=offsets)
+    def flip_a_byte_on_disk(self, offset: int) -> None:
+        on_disk = self.buffer.recording.present()
+        start = on_disk.next_start(offset)
+        if start is not None and start not in self.flipped:
+            flip_byte(self.path, start)
+            self.flipped.add(start)
+
+    @precondition(lambda self: self.buffer.recording is not None)
+    @rule(torn=st.integers(0, 31), refetchable=st.booleans())
+    def reload_from_disk(self, torn: int, refetchable: bool) -> None:
+        """The daemon was killed: what was only in memory is gone, what the index claims is there."""
+        on_disk = self.buffer.recording.present()
+        ended = self.buffer.recording.size
+        self.close_writers()
+        self.buffer.close()
+        with self.path.with_name(self.path.name + ".index").open("ab") as index:
+            index.write(b"\x5a" * torn)
+        loaded = Recording.load(self.path)
+        assert loaded is not None and loaded.present() == on_disk and loaded.size == ended
+        self.buffer = Buffer(self.pool, size=loaded.size, recording=loaded)
+        self.buffer.refetchable = self.refetchable = refetchable
+        self.size, self.failed = loaded.size, False
+        self.present, self.damaged = Runs(), Runs()
+        for start, stop in on_disk:
+            self.present.add(start, stop)
+
+    @rule()
+    def close_and_start_anew(self) -> None:
+        self.buffer.close()
+        with pytest.raises(Closed):
+            self.buffer.read_copy(0, 1)
+        self.close_writers()
+        assert self.pool.used == self.stranger.memory
+        self.buffer = Buffer(self.pool)
+        self.buffer.refetchable = self.refetchable
+        self.size, self.failed, self.flipped = None, False, set()
+        self.present, self.damaged = Runs(), Runs()
+
+    # What always holds
+
+    @invariant()
+    def knows_what_is_there(self) -> None:
+        if not hasattr(self, "buffer"):
+            return
+        assert self.buffer.buffered == self.present.total
+        assert self.buffer.size == self.size
+        assert self.buffer.complete == (self.size is not None and self.present.first_gap(0, SIZE) is None)
+        assert self.pool.used == self.buffer.memory + self.stranger.memory <= self.pool.budget
+
+    @invariant()
+    def another_stream_keeps_its_bytes(self) -> None:
+        if hasattr(self, "guest"):
+            size = self.guest.position
+            assert self.stranger.read_copy(0, size) == STRANGER[:size]
+
+
+TestBuffer = BufferMachine.TestCase
+TestBuffer.settings = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+class StreamBufferMachine(RuleBasedStateMachine):
+    """Random reads and slices of a StreamBuffer, its chunks and its end being random too."""
+
+    @initialize(
+        sizes=st.lists(
+            st.one_of(st.integers(0, 9), st.sampled_from([SMALL, SMALL - 1, SMALL + 1, 3 * SMALL])), max_size=40
+        ),
+        breaks=st.booleans(),
+        declared=st.sampled_from([None, 0, -1, 1]),
+    )
+    def begin(self, sizes: list[int], breaks: bool, declared: int | None) -> None:
+        self.length = sum(sizes)
+        self.data = named_bytes("stream", 1, self.length)
+        self.given = 0
+        self.breaks = breaks
+        self.size = None if declared is None or self.length + declared < 0 else self.length + declared
+
+        def source():
+            for size in sizes:
+                self.given += size
+                yield self.data[self.given - size : self.given]
+            if breaks:
+                raise OSError("cable")
+
+        self.buffer = StreamBuffer(source(), size=self.size, max_size=LARGE)
+
+    def expect(self, offset: int, size: int) -> bytes | None:
+        """What a read gives; None: it fails."""
+        stop = offset + size if self.size is None else min(offset + size, self.size)
+        if stop <= offset:
+            return b""
+        short = stop > self.length
+        if short and (self.breaks or (self.size is not None and self.size > self.length)):
+            return None
+        return self.data[offset:stop]
+
+    @rule(offset=st.integers(0, 9 * SMALL), size=lengths)
+    def read(self, offset: int, size: int) -> None:
+        expected = self.expect(offset, size)
+        before = self.given
+        if expected is None:
+            with pytest.raises(SourceFailed):
+                self.buffer.read(offset, size)
+        else:
+            assert self.buffer.read(offset, size) == expected
+        if not size or offset + size <= before:
+            assert self.given == before, "more than needed was pulled"
+
+    @rule(start=st.none() | st.integers(-SIZE, SIZE), stop=st.none() | st.integers(-SIZE, SIZE))
+    def cut(self, start: int | None, stop: int | None) -> None:
+        plain = (start or 0) >= 0 and stop is not None and stop >= 0
+        total = self.length if self.size is None else self.size
+        if plain:
+            expected = self.expect(start or 0, max(0, stop - (start or 0)))
+        else:
+            expected = None if self.expect(0, total + 1) is None else self.data[:total][start:stop]
+        if expected is None:
+            with pytest.raises(SourceFailed):
+                self.buffer[start:stop]
+        else:
+            assert self.buffer[start:stop] == expected
+
+    def teardown(self) -> None:
+        if hasattr(self, "buffer"):
+            self.buffer.close()
+            assert self.buffer._buffer.memory == 0
+
+
+TestStreamBuffer = StreamBufferMachine.TestCase
+TestStreamBuffer.settings = settings(
+    max_examples=EXAMPLES, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+)
