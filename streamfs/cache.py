@@ -47,6 +47,10 @@ class Cached(Protocol):
     def header(self) -> Header: ...
 
     @property
+    def windowed(self) -> bool:
+        """Whether its past is given back as it goes on."""
+
+    @property
     def in_use(self) -> bool:
         """Whether a handle or a persisting fetch holds it."""
 
@@ -205,6 +209,14 @@ class Cache:
         moved, self._moved = self._moved, trio.Event()
         moved.set()
 
+    async def trim(self, generation: Cached, floor: int) -> None:
+        """What lies before `floor` has left the generation's window. Never raises OSError: `disk_error` tells."""
+        try:
+            await trio.to_thread.run_sync(generation.buffer.trim, floor, limiter=self._threads)
+        except OSError as error:
+            self._disk_failed(error)
+        self._measure(generation)
+
     async def settle(self, generation: Cached) -> None:
         """Write all of a complete generation to disk and make it durable. Raises NoSpace."""
         try:
@@ -275,7 +287,9 @@ class Cache:
     def _give_recording(self, generation: Cached) -> None:
         if generation.buffer.recording is None and not generation.buffer.doomed:
             path = self.directory / f"{generation.stream_id}-{generation.number}.data"
-            generation.buffer.record(Recording.create(path, generation.header))
+            recording = Recording.create(path, generation.header)
+            recording.windowed = generation.windowed
+            generation.buffer.record(recording)
 
     def _admit(self, generation: Cached) -> bool:
         """Make the quota and the disk have room for one more step of spilling, evicting if need be."""

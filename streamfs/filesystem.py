@@ -105,6 +105,7 @@ class FileSystem:
         self._streams: dict[int, Stream] = {}  # made when first needed
         self._removed: dict[int, Stream] = {}  # gone from the catalogue, but still open
         self._handles: dict[int, tuple[Handle, File]] = {}
+        self._eager: dict[int, Handle] = {}  # what is held open from the start, by stream id
         self._polls: dict[int, Callable[[], None]] = {}  # whom to tell that a handle is ready
         self._numbers = itertools.count(1)
         self._catalog_turn = trio.CapacityLimiter(1)
@@ -122,6 +123,8 @@ class FileSystem:
         for entry in entries:
             if entry.persist:
                 self._stream(entry.id).set_entry(entry)
+            if entry.spec.options.eager:
+                self._nursery.start_soon(self._start_eagerly, self._stream(entry.id))
         unprobed = [e for e in entries if e.probed is None and _wants_probe(e.spec)]
         if len(unprobed) <= PROBES_AT_START:
             for entry in unprobed:
@@ -382,17 +385,15 @@ class FileSystem:
 
     def evict(self, name: str) -> None:
         """Drop the stream's cached bytes. Raises NotFound, NotPermitted where it is persisted."""
-        self._stream(self.named(name).id).evict()
+        entry = self.named(name)
+        self._let_go_eager(entry.id)
+        self._stream(entry.id).evict()
 
     def evict_all(self) -> None:
         """Drop all cached bytes but those of persisted streams."""
         for entry in list(self._entries.values()):
-            if not entry.persist:
-                stream = self._streams.get(entry.id)
-                if stream is not None:
-                    stream.evict()
-                else:
-                    self._cache.forget_dormant(entry.id)
+            if not entry.persist and (entry.id in self._streams or self._cache.has_dormant(entry.id)):
+                self.evict(entry.name)
 
     async def verify(self, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
         """Check every cached block of the streams (None: of all) that are on disk; damaged ones are dropped.
@@ -490,6 +491,7 @@ class FileSystem:
         """The catalogue has forgotten the entry: so do we, but for those who have it open."""
         self._entries.pop(entry.id, None)
         self._tree.remove(entry.id)
+        self._let_go_eager(entry.id)
         stream = self._streams.pop(entry.id, None)
         if stream is None:
             self._cache.forget_dormant(entry.id)
@@ -536,13 +538,22 @@ class FileSystem:
             await stream.probe()
 
     async def _start_eagerly(self, stream: Stream) -> None:
+        """Start the stream and hold it as a reader would that wants its first byte."""
         try:
             handle = await stream.open()
         except StreamfsError as error:
             log.warning("cannot start stream %d: %s", stream.entry.id, error)
             return
+        if stream.entry.id in self._eager or self._entries.get(stream.entry.id) is None:
+            handle.close()
+            return
+        self._eager[stream.entry.id] = handle
         handle.generation.demand(0, 1)
-        handle.close()
+
+    def _let_go_eager(self, stream_id: int) -> None:
+        handle = self._eager.pop(stream_id, None)
+        if handle is not None:
+            handle.close()
 
     def fail_all(self) -> None:
         """Every open file fails from now on: the mount is about to end."""

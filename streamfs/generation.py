@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -20,9 +21,10 @@ from streamfs.catalog import Entry
 from streamfs.engine.buffer import Buffer, Writer
 from streamfs.engine.fetches import Fetch, FetchPlan
 from streamfs.engine.pool import LARGE
-from streamfs.engine.recording import Header, Recording
+from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.errors import SourceChanged, SourceFailed, SourceStalled, StreamfsError
 from streamfs.sources.base import Body, Facts, Source
+from streamfs.spec import parse_window
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ LINGER = 1.0
 IDLE = 5.0
 """Seconds a resting fetch of a ranged source keeps its connection for a reader that has the stream open."""
 _COMPARE = 64 * 1024  # bytes at a time, when a restarted one-way source is compared with what is there
+
+_WINDOW_STEP = 1024 * 1024  # bytes by which a window moves: each move costs a hop to the disk's thread
+_MARKS = 256  # moments remembered in a window of time
 
 State = Literal["idle", "live", "paused", "complete", "failed"]
 
@@ -44,6 +49,36 @@ class Context:
     read_ahead: int  # bytes
     remember: Callable[[int, Facts], None]
     """Told (stream id, facts) whenever a source said something new; must not block."""
+
+
+class Window:
+    """How much of an endless stream's past is kept: so many bytes, or what arrived in so many seconds."""
+
+    def __init__(self, text: str) -> None:
+        unit, amount = parse_window(text)
+        self._bytes = int(amount) if unit == "bytes" else None
+        self._seconds = amount if unit == "seconds" else None
+        self._marks: deque[tuple[float, int]] = deque()  # (when, position), at most _MARKS in a window
+        self._floor = 0
+
+    def advanced(self, position: int) -> int | None:
+        """The stream has come to `position`: where the window now begins, or None while it is not worth moving."""
+        floor = position - self._bytes if self._bytes is not None else self._passed(position)
+        step = _WINDOW_STEP if self._bytes is None else min(_WINDOW_STEP, max(BLOCK, self._bytes // 16))
+        if floor < self._floor + step:
+            return None
+        self._floor = floor
+        return floor
+
+    def _passed(self, position: int) -> int:
+        assert self._seconds is not None
+        now, marks = trio.current_time(), self._marks
+        if not marks or now - marks[-1][0] >= self._seconds / _MARKS:
+            marks.append((now, position))
+        floor = self._floor
+        while marks and marks[0][0] < now - self._seconds:
+            floor = marks.popleft()[1]
+        return floor
 
 
 class Owner(Protocol):
@@ -84,6 +119,8 @@ class Generation:
         self.exit_status: int | None = None
         self.stderr_tail = ""
         self.end_proven = True
+        window = stream.entry.spec.options.window
+        self._window = Window(window) if window is not None and not facts.ranged else None
         self._latency = 0.0  # seconds the last request took to its reply
         self._end_probe = memoryview(bytearray(1))  # where a byte past the declared end would land
         self._scopes: dict[Fetch, trio.CancelScope] = {}
@@ -95,6 +132,11 @@ class Generation:
     def header(self) -> Header:
         facts = msgspec.Raw(msgspec.json.encode(self.facts))
         return Header(key=self._stream.key, generation=self.number, facts=facts)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the past is given back, so that disk space must not be taken ahead."""
+        return self._window is not None
 
     @property
     def in_use(self) -> bool:
@@ -176,6 +218,12 @@ class Generation:
 
     # Fetching
 
+    def _allow_live(self, fetch: Fetch) -> None:
+        """The sender of an endless URL drops whoever does not keep up, so it is read while anybody has it open; what
+        nobody read in time leaves by the window."""
+        if self._window is not None and self._stream.is_url and self.handles:
+            fetch.limit = None
+
     def begin(self, body: Body) -> None:
         """Use the body of an opening request, which starts at 0."""
         self._run(self.plan.first(), body)
@@ -191,8 +239,10 @@ class Generation:
             with self._scopes[fetch]:
                 await self._fetch(fetch, body)
         except SourceChanged as change:
-            error = change
-            self._stream.changed(self, change)
+            if self._window is None:
+                self._stream.changed(self, change)
+            # An endless stream that was interrupted never continues; what is in the window stays readable.
+            error = change if self._window is None else SourceFailed(f"the stream was interrupted: {change}")
         except StreamfsError as failure:
             error = failure
         except Exception as bug:
@@ -284,6 +334,8 @@ class Generation:
                 raise SourceFailed(f"the source sent more than the {buffer.size} bytes it had declared")
             writer.wrote(count)
             fetch.position = writer.position
+            if self._window is not None and (floor := self._window.advanced(fetch.position)):
+                await cache.trim(self, floor)
 
     def _at_size(self, writer: Writer) -> bool:
         """Whether all declared bytes of a one-way body are in, so that only its end is still to be seen."""
@@ -315,6 +367,7 @@ class Generation:
 
     async def _may_go_on(self, fetch: Fetch) -> bool:
         """Wait while the fetch rests. False: it rested too long, and its connection is wanted no more."""
+        self._allow_live(fetch)
         if fetch.resting and self.plan.crowded:
             self.buffer.wake_all()  # a reader that found every fetch busy can have this one's place
         while fetch.resting:

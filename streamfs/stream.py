@@ -226,6 +226,7 @@ class Stream:
             facts = body.facts
         if options.size is not None:
             facts = Facts(options.size, facts.ranged, facts.validator, facts.mime, facts.modified)
+        self._part_with_current()
         self._last_number += 1
         generation = Generation(self, self._last_number, facts)
         self._install(generation)

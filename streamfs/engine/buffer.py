@@ -321,6 +321,18 @@ class Buffer:
             self._store.spilled(list(zip(segments, counts, strict=True)), extents)
         return sum(counts)
 
+    def trim(self, floor: int) -> None:
+        """What lies before `floor` has left the window: readers there raise OutsideWindow, memory and disk space go
+        back, whole pieces and blocks only. Blocks on the disk: call it from a worker thread. Raises OSError."""
+        with self._disk:
+            with self._lock:
+                self._state.raise_floor(floor)
+                self._store.drop_before(floor)
+                recording = self._store.recording
+                past = recording.forget_before(floor) if recording is not None else 0
+            if recording is not None:
+                recording.punch(past)
+
     def forget_memory(self, most: int = SPILL_BATCH) -> int:
         """Drop about `most` bytes from memory, in whole pieces, without writing them anywhere; returns how many. Only
         where the source can give them again."""

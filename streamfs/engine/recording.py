@@ -103,6 +103,9 @@ class Recording:
         self._stops = array("Q")
         self._crcs = array("I")
         self._drops: deque[Extent] = deque()  # taken out of the table, not yet out of the index
+        self.windowed = False  # the past is given back: nothing is allocated ahead
+        self._past = 0  # extents before this were forgotten
+        self._punched = 0  # disk space before this was given back
         self._allocated = 0  # the data file is allocated up to here, for sequential appends
         self._nowait = True
 
@@ -206,7 +209,7 @@ class Recording:
     def _allocate(self, offset: int, length: int) -> None:
         """fallocate ahead of sequential appends: 2.4 times faster than letting each write extend the file."""
         end = offset + length
-        if offset > self._allocated or end <= self._allocated or length < BLOCK:
+        if self.windowed or offset > self._allocated or end <= self._allocated or length < BLOCK:
             return  # sparse, small, or there already
         ahead = min(max(length, self._allocated), 16 << 20)
         try:
@@ -291,10 +294,22 @@ class Recording:
                 del column[first : first + len(removed)]
         return removed
 
-    def punch(self, start: int, stop: int) -> None:
-        """Give the disk space of start..stop back; offsets stay. Blocks. Where the file system cannot, nothing
-        happens."""
-        _punch_hole(self._data.fd, start, stop)
+    def forget_before(self, floor: int) -> int:
+        """Take all whole extents before `floor` back; returns where what is left begins, for `punch`."""
+        count = bisect_right(self._stops, floor)
+        if count:
+            self._past = self._stops[count - 1]
+            for column in (self._starts, self._stops, self._crcs):
+                del column[:count]
+        return self._past
+
+    def punch(self, floor: int) -> None:
+        """Give the disk space before `floor` back; offsets stay. Blocks. Where the file system cannot, the space stays
+        taken. Not while another thread appends. Raises OSError where the index cannot be written."""
+        if floor > self._punched:
+            self._log([(0, floor, 0, _DROP)])
+            _punch_hole(self._data.fd, self._punched, floor)
+            self._punched = floor
 
     # Reading
 

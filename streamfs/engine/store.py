@@ -231,6 +231,11 @@ class Store:
         for segment in segments:
             self._remove(segment)
 
+    def drop_before(self, floor: int) -> None:
+        """Forget whole segments before `floor`, but for those that somebody works on: they follow another time."""
+        for segment in [s for s in self._segments if s.stop <= floor and s.sealed and not s.spilling]:
+            self._remove(segment)
+
     def clear(self) -> None:
         """Give every piece back, for good; what is being written to disk follows when that is done. No writer may
         be left."""
