@@ -65,7 +65,7 @@ class Runs:
 
 
 class BufferMachine(RuleBasedStateMachine):
-    @initialize(declared=st.booleans(), refetchable=st.booleans(), recorded=st.booleans())
+    @initialize(declared=st.booleans(), refetchable=st.booleans(), recorded=st.sampled_from([True, True, False]))
     def begin(self, declared: bool, refetchable: bool, recorded: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="streamfs-model-"))
         self.path = self.folder / "1-3.data"
@@ -86,8 +86,10 @@ class BufferMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "buffer"):
-            self.close_writers()
             self.buffer.close()
+            with pytest.raises(Closed):
+                self.buffer.read_copy(0, 1)
+            self.close_writers()
             self.guest.close()
             self.stranger.close()
             assert self.pool.used == 0, "memory was lost"
@@ -100,15 +102,32 @@ class BufferMachine(RuleBasedStateMachine):
 
     # Writing
 
-    @rule(position=offsets)
-    def enter_writer(self, position: int) -> None:
-        if len(self.writers) < 4:
-            self.writers.append((self.buffer.writer(position), None))
+    @rule(position=offsets, writes=st.lists(st.integers(1, SMALL), max_size=4), stays=st.booleans())
+    def enter_writer(self, position: int, writes: list[int], stays: bool) -> None:
+        """A writer that brings something at once, and leaves or stays with room in its hands."""
+        if len(self.writers) >= 4:
+            self.writers.pop(0)[0].close()
+        self.writers.append((self.buffer.writer(position), None))
+        for count in writes:
+            self.write(-1, count)
+        if stays:
+            self.ask_for_room(-1)
+        else:
+            self.leave(-1)
+
+    @rule()
+    def bring_all_that_is_missing(self) -> None:
+        while (gap := self.present.first_gap(0, SIZE)) is not None:
+            writer = self.buffer.writer(gap)
+            self.writers.append((writer, None))
+            self.write(-1, SIZE)
+            self.leave(-1)
+            if writer.position == gap:
+                return  # the pool is spent
 
     def chosen(self, which: int) -> int | None:
         return which % len(self.writers) if self.writers else None
 
-    @rule(which=st.integers(0, 3))
     def ask_for_room(self, which: int) -> None:
         index = self.chosen(which)
         if index is None:
@@ -122,7 +141,7 @@ class BufferMachine(RuleBasedStateMachine):
             room[:] = b"\xaa" * len(room)  # a network library may scribble over all of it
             self.writers[index] = (writer, room)
 
-    @rule(which=st.integers(0, 3), count=lengths)
+    @rule(which=st.integers(0, 3), count=st.one_of(st.integers(1, SMALL), st.just(SMALL)))
     def write(self, which: int, count: int) -> None:
         self.ask_for_room(which)
         index = self.chosen(which)
@@ -148,19 +167,13 @@ class BufferMachine(RuleBasedStateMachine):
         if index is not None:
             self.writers.pop(index)[0].close()
 
-    @rule(which=st.integers(0, 3))
-    def write_all(self, which: int) -> None:
-        index = self.chosen(which)
-        while index is not None and not self.writers[index][0].met:
-            if self.writers[index][0].position >= SIZE:
-                break
-            before = self.writers[index][0].position
-            self.write(which, SMALL)
-            if self.writers[index][0].position == before:
-                break  # the pool is spent
-
-    @rule(count=st.integers(1, 3))
-    def another_stream_takes_memory(self, count: int) -> None:
+    @rule(count=st.integers(1, 30), anew=st.booleans())
+    def another_stream_takes_memory(self, count: int, anew: bool) -> None:
+        if anew:
+            self.guest.close()
+            self.stranger.close()
+            self.stranger = Buffer(self.pool)
+            self.guest = self.stranger.writer(0)
         for _ in range(count):
             room = self.guest.room()
             if room is None or self.guest.position + len(room) > LARGE:
@@ -168,14 +181,13 @@ class BufferMachine(RuleBasedStateMachine):
             room[:] = STRANGER[self.guest.position : self.guest.position + len(room)]
             self.guest.wrote(len(room))
 
-    @rule()
-    def another_stream_goes(self) -> None:
-        self.guest.close()
-        self.stranger.close()
-        self.stranger = Buffer(self.pool)
-        self.guest = self.stranger.writer(0)
-
     # Reading
+
+    @rule(offset=offsets, size=lengths)
+    def read_from_what_is_there(self, offset: int, size: int) -> None:
+        start = self.present.next_start(offset)
+        if start is not None:
+            self.read(start, max(1, min(size, self.present.stop_of_run(start) - start)))
 
     @rule(offset=st.one_of(offsets, st.integers(SIZE, 2 * SIZE)), size=lengths)
     def read(self, offset: int, size: int) -> None:
@@ -237,14 +249,12 @@ class BufferMachine(RuleBasedStateMachine):
     # The end, failures
 
     @rule()
-    def fail(self) -> None:
-        self.buffer.fail(SourceFailed("the cable"))
-        self.failed = True
-
-    @rule()
-    def retry(self) -> None:
-        self.buffer.retry()
-        self.failed = False
+    def fail_or_retry(self) -> None:
+        self.failed = not self.failed
+        if self.failed:
+            self.buffer.fail(SourceFailed("the cable"))
+        else:
+            self.buffer.retry()
 
     @rule()
     def end(self) -> None:
@@ -267,7 +277,7 @@ class BufferMachine(RuleBasedStateMachine):
     def record_later(self) -> None:
         self.record()
 
-    @rule(most=st.integers(1, SIZE), all_of_it=st.booleans())
+    @rule(most=st.sampled_from([1, SMALL, SIZE]), all_of_it=st.booleans())
     def spill(self, most: int, all_of_it: bool) -> None:
         before = self.buffer.memory
         moved = self.buffer.spill(most, all_of_it=all_of_it)
@@ -275,12 +285,10 @@ class BufferMachine(RuleBasedStateMachine):
         if moved:
             assert self.buffer.memory < before
 
-    @rule(most=st.integers(1, SIZE))
+    @precondition(lambda self: self.refetchable)
+    @rule(most=st.sampled_from([1, SMALL, 2 * SMALL]))
     def forget_memory(self, most: int) -> None:
         lost = self.buffer.forget_memory(most)
-        if not self.refetchable:
-            assert lost == 0
-            return
         for start in range(SIZE):
             if self.present.holds(start) and not self.buffer.available(start, 1):
                 self.present.discard(start, start + 1)
@@ -301,13 +309,15 @@ class BufferMachine(RuleBasedStateMachine):
         assert plain == DATA
 
     @precondition(lambda self: self.buffer.recording is not None)
-    @rule(offset=offsets)
-    def flip_a_byte_on_disk(self, offset: int) -> None:
+    @rule(offset=offsets, read=st.booleans())
+    def flip_a_byte_on_disk(self, offset: int, read: bool) -> None:
         on_disk = self.buffer.recording.present()
         start = on_disk.next_start(offset)
         if start is not None and start not in self.flipped:
             flip_byte(self.path, start)
             self.flipped.add(start)
+            if read:
+                self.read(max(0, start - 5), 10)
 
     @precondition(lambda self: self.buffer.recording is not None)
     @rule(torn=st.integers(0, 31), refetchable=st.booleans())
@@ -327,18 +337,6 @@ class BufferMachine(RuleBasedStateMachine):
         self.present, self.damaged = Runs(), Runs()
         for start, stop in on_disk:
             self.present.add(start, stop)
-
-    @rule()
-    def close_and_start_anew(self) -> None:
-        self.buffer.close()
-        with pytest.raises(Closed):
-            self.buffer.read_copy(0, 1)
-        self.close_writers()
-        assert self.pool.used == self.stranger.memory
-        self.buffer = Buffer(self.pool)
-        self.buffer.refetchable = self.refetchable
-        self.size, self.failed, self.flipped = None, False, set()
-        self.present, self.damaged = Runs(), Runs()
 
     # What always holds
 
@@ -361,7 +359,7 @@ class BufferMachine(RuleBasedStateMachine):
 TestBuffer = BufferMachine.TestCase
 TestBuffer.settings = settings(
     max_examples=EXAMPLES,
-    stateful_step_count=30,
+    stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
