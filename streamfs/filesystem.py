@@ -557,7 +557,7 @@ class FileSystem:
 
     def fail_all(self) -> None:
         """Every open file fails from now on: the mount is about to end."""
-        self._closing = True
+        self._closing = self._context.closing = True
         for stream in (*self._streams.values(), *self._removed.values()):
             stream.interrupt(Closed("streamfs is shutting down"))
 

@@ -32,6 +32,8 @@ LINGER = 1.0
 """Seconds a fetch that nobody needs is kept for a reader that comes back (players reopen)."""
 IDLE = 5.0
 """Seconds a resting fetch of a ranged source keeps its connection for a reader that has the stream open."""
+CLOSE_SOON = 1.0
+"""Seconds a body gets to give back its connection or process when the daemon ends; then it is cut short."""
 _COMPARE = 64 * 1024  # bytes at a time, when a restarted one-way source is compared with what is there
 
 _WINDOW_STEP = 1024 * 1024  # bytes by which a window moves: each move costs a hop to the disk's thread
@@ -40,7 +42,7 @@ _MARKS = 256  # moments remembered in a window of time
 State = Literal["idle", "live", "paused", "complete", "failed"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What all streams of a daemon share."""
 
@@ -49,6 +51,8 @@ class Context:
     read_ahead: int  # bytes
     remember: Callable[[int, Facts], None]
     """Told (stream id, facts) whenever a source said something new; must not block."""
+    closing: bool = False
+    """The daemon ends: commands that ignore SIGTERM are not waited for."""
 
 
 class Window:
@@ -277,7 +281,7 @@ class Generation:
         finally:
             if body is not None:
                 self._note_exit(body)
-                with trio.CancelScope(shield=True):
+                with trio.move_on_after(CLOSE_SOON if self._context.closing else float("inf"), shield=True):
                     await body.aclose()
 
     async def _open(self, fetch: Fetch) -> Body:

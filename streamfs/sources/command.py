@@ -213,31 +213,33 @@ class ProcessBody:
         return f"the command ended with status {status}" + (f": {said}" if said else "")
 
     async def aclose(self) -> None:
-        """End the command and everything in its session: SIGTERM, SIGKILL after 5 s. Returns when they are gone,
-        within 7 s, cancelled or not."""
+        """End the command and everything in its session: SIGTERM, and SIGKILL after 5 s, or at once when cancelled.
+        Returns when they are gone, within 7 s, and within 2 s of a cancellation."""
         if self._closed:
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
         self._closed = True
         trio.lowlevel.notify_closing(self._events.fileno())
         self._events.close()
-        with trio.CancelScope(shield=True):
-            try:
-                _signal_group(self._process.pid, signal.SIGTERM)
-                self._close_stdout()  # nobody reads: as at the end of `| head`, SIGPIPE for whoever writes on
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._drain_stderr_to_the_end)
-                    await _end_session(self._process.pid)
-                    nursery.cancel_scope.cancel()
-            finally:
-                self._close_stdout()
-                self._drain_stderr()
-                if self._stderr is not None:
-                    os.close(self._stderr)
-                    self._stderr = None
-                os.close(self._pidfd)
-                if self._process.poll() is None:
-                    _log.warning("process %d survives SIGKILL; it is left to itself", self._process.pid)
+        try:
+            _signal_group(self._process.pid, signal.SIGTERM)
+            self._close_stdout()  # nobody reads: as at the end of `| head`, SIGPIPE for whoever writes on
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._drain_stderr_to_the_end)
+                with trio.move_on_after(TERM_GRACE):
+                    await _signal_until_gone(self._process.pid, signal.SIGTERM)
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await _kill_session(self._process.pid)
+            self._close_stdout()
+            self._drain_stderr()
+            if self._stderr is not None:
+                os.close(self._stderr)
+                self._stderr = None
+            os.close(self._pidfd)
+            if self._process.poll() is None:
+                _log.warning("process %d survives SIGKILL; it is left to itself", self._process.pid)
 
     async def _drain_stderr_to_the_end(self) -> None:
         """Last words must not end in SIGPIPE: a shell says "Terminated" before it runs its trap."""
@@ -374,12 +376,11 @@ def _signal_group(leader: int, signum: signal.Signals) -> None:
         os.killpg(leader, signal.SIGCONT)
 
 
-async def _end_session(leader: int) -> None:
-    """Wait for every process of the session to end, SIGTERM having been sent to its leader's group; whatever is
-    left after TERM_GRACE gets SIGKILL, and KILL_GRACE to end."""
-    with trio.move_on_after(TERM_GRACE):
-        await _signal_until_gone(leader, signal.SIGTERM)
-        return
+async def _kill_session(leader: int) -> None:
+    """Whatever is left of the session gets SIGKILL, and KILL_GRACE to end."""
+    with contextlib.ExitStack() as descriptors:
+        if not _session_members(leader, descriptors):
+            return
     _signal_group(leader, signal.SIGKILL)
     with trio.move_on_after(KILL_GRACE):
         await _signal_until_gone(leader, signal.SIGKILL)
