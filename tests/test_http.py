@@ -272,6 +272,21 @@ async def test_a_fresh_url_with_other_bytes_is_another_version(
         await read(made, 1000, None, facts)
 
 
+async def test_a_fresh_url_of_another_origin_gets_its_own_login_and_not_the_streams_secrets(
+    origin: Running, elsewhere: Running, transports: Transports, tmp_path: Path
+) -> None:
+    fresh = elsewhere[1].replace("http://", "http://user:hunter2@") + "/e?fault=echo"
+    made = source(
+        f"{origin[1]}/s?fault=403",
+        transports,
+        refresh_command=printer(tmp_path, fresh),
+        headers=(("X-Token", "CANARY"), ("Authorization", "Bearer CANARY")),
+    )
+    seen = await asked_with(made)
+    assert seen["authorization"] == "Basic dXNlcjpodW50ZXIy"
+    assert "CANARY" not in repr(seen)
+
+
 @pytest.mark.parametrize("text", ["", "not a url", "file:///etc/passwd", "http://127.0.0.1:1/CANARY x"])
 async def test_a_refresh_that_brings_nothing_useful_fails_the_source(
     text: str, origin: Running, transports: Transports, tmp_path: Path

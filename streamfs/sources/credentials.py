@@ -53,13 +53,17 @@ async def secrets_for(url: str, options: StreamOptions, login: tuple[str, str] |
     if "authorization" not in given:
         login = login or await _login_from_netrc(url, options)
         if login is not None:
-            token = base64.b64encode(":".join(login).encode()).decode("ascii")
-            headers.append(("Authorization", f"Basic {token}"))
+            headers.append(basic(login))
     if options.cookie_file is not None and "cookie" not in given:
         cookie = await trio.to_thread.run_sync(_cookies, without_userinfo(url), options.cookie_file)
         if cookie:
             headers.append(("Cookie", cookie))
     return headers
+
+
+def basic(login: tuple[str, str]) -> tuple[str, str]:
+    """The header that carries a user and a password."""
+    return "Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode("ascii")
 
 
 async def url_with_login(url: str, options: StreamOptions) -> str:

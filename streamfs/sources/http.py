@@ -101,7 +101,8 @@ class HttpSource:
     def __init__(self, spec: StreamSpec, transports: Transports) -> None:
         if not isinstance(spec.source, UrlSource):
             raise TypeError(f"not a URL: {type(spec.source).__name__}")
-        self._url = spec.source.url
+        self._registered = spec.source.url
+        self._url = spec.source.url  # later perhaps a fresh one, from the refresh command
         self._options = spec.options
         self._stall_timeout = spec.stall_timeout
         self._transports = transports
@@ -153,6 +154,8 @@ class HttpSource:
         facts = self._believed(verdict.facts)
         if isinstance(verdict, Ended) and start > 0:
             raise SourceFailed(f"{redact_url(self._url)} ends at or before byte {start}")
+        if isinstance(verdict, Part) and facts.size is not None and verdict.end > facts.size:
+            raise SourceFailed(f"{redact_url(self._url)} goes on after its declared size of {facts.size} bytes")
         first = verdict.start if isinstance(verdict, Part) else 0
         # A one-way body goes on to the end: what lies beyond `stop` could only be had by reading all of it again.
         return HttpBody(self, self._url, answer, facts, first, stop if facts.ranged else None, self._stall_timeout)
@@ -273,10 +276,13 @@ class HttpSource:
         if urlsplit(url).scheme.lower() not in ("http", "https"):
             url = await credentials.url_with_login(url, self._options)
             return Request(url, headers=tuple(headers), identity=identity)
-        if Origin.of(url) == Origin.of(self._url):
-            secrets = await credentials.secrets_for(url, self._options, credentials.userinfo(self._url))
+        login = credentials.userinfo(url)  # redirects have none, so this is the user's or the refresh command's
+        if Origin.of(url) == Origin.of(self._registered):
+            secrets = await credentials.secrets_for(url, self._options, login or credentials.userinfo(self._registered))
             given = {name.lower() for name, _ in secrets}
             headers = [header for header in headers if header[0].lower() not in given] + secrets
+        elif login is not None:
+            headers.append(credentials.basic(login))
         return Request(credentials.without_userinfo(url), headers=tuple(headers), identity=identity)
 
 
@@ -442,6 +448,8 @@ class HttpBody:
                 await self._end_at(flow, reach)
             else:
                 await self._drop()  # the server gave less than was asked: ask for the rest
+                if not flow.fruitful:
+                    await self._attempts.failed(f"the server gives no byte from {reach} on")
             return 0
         if reach is not None and len(view) > reach - self._position:
             view = view[: reach - self._position]
@@ -454,6 +462,7 @@ class HttpBody:
         if self._given is not None:
             self._given.add(view[:count])
         self._position += count
+        flow.fruitful = True
         self._attempts.progress()
         return count
 
@@ -525,6 +534,7 @@ class _Flow:
         self.response = response
         self.end = verdict.end if isinstance(verdict, Part) else None
         self.told_size = verdict.facts.size is not None
+        self.fruitful = False  # it has brought a byte that was not there before
         self._decoder = _Decoder(verdict.decode) if isinstance(verdict, Whole) and verdict.decode else None
 
     async def receive_into(self, view: memoryview) -> int:
@@ -541,6 +551,7 @@ class _Decoder:
         self._engine = zlib.decompressobj(47 if coding == "gzip" else 15)  # 47: gzip or zlib, told by the header
         self._encoded = b""
         self._fresh = True  # nothing decoded yet
+        self._begun = False  # nothing received yet: a body of no bytes is an empty one
         self._piece = memoryview(bytearray(64 * 1024))
 
     async def receive_into(self, response: Response, view: memoryview) -> int:
@@ -551,9 +562,10 @@ class _Decoder:
                 return len(data)
             got = await response.receive_into(self._piece)
             if got == 0:
-                if not self._engine.eof:
+                if self._begun and not self._engine.eof:
                     raise TransportError("truncated", f"the {self._coding} body ended before its end mark")
                 return 0
+            self._begun = True
             self._encoded += self._piece[:got]
 
     def _decode(self, room: int) -> bytes:

@@ -132,6 +132,7 @@ class Plan:
 
     def refuse(self, status: int, **headers: str) -> None:
         self.whole()
+        self.line = b""
         self.status, self.body = status, b"an error page, which is nobody's content"
         self.headers = {"Content-Type": "text/html", **{k.replace("_", "-"): v for k, v in headers.items()}}
 

@@ -166,6 +166,7 @@ FATAL = [
     ("fault=cut-body&fault=changes-secretly&fault=no-validator", SourceChanged, "have changed"),
     ("fault=rst-body&fault=changes&fault=no-validator&fault=chunked", SourceChanged, "have changed"),
     ("fault=rst-body&fault=live", SourceChanged, "have changed"),
+    ("fault=no-validator&fault=less-than-asked", SourceFailed, "no byte from 50000 on"),
     ("fault=gzip&fault=cut-body&fault=changes&at=150000", SourceChanged, "version"),
 ]
 
@@ -283,6 +284,8 @@ async def test_a_declared_size_proves_the_end_or_is_contradicted(origin: Running
             await read(await source(origin[1], query, transports, size=1000).open(0, None, None))
         with pytest.raises(SourceFailed, match="ended at byte"):
             await read(await source(origin[1], query, transports, size=DEFAULT_SIZE + 1).open(0, None, None))
+        with pytest.raises(SourceFailed, match="goes on after its declared size"):
+            await source(origin[1], "fault=unknown-total", transports, size=1000).open(0, None, None)
         with pytest.raises(SourceFailed, match="declared size is 1000"):
             await source(origin[1], "", transports, size=1000).open(0, None, None)
 
