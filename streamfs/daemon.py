@@ -30,6 +30,7 @@ from streamfs.filesystem import FileSystem
 from streamfs.home import Home, HomeLock
 from streamfs.sources import Transports, make_source
 from streamfs.spec import MountOptions, StreamSpec
+from streamfs.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +206,8 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
     from streamfs.fuse import Operations
     from streamfs.interrupts import Interrupts
 
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    watchdog = Watchdog()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals, watchdog.watching():
         async with _filesystem(home, options) as filesystem:
             interrupts = Interrupts()
             _mount(Operations(filesystem, interrupts), mountpoint, options)
@@ -214,6 +216,7 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
                 listener = listen(home.socket_path, lock)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(interrupts.run)
+                    nursery.start_soon(watchdog.beat)
                     nursery.start_soon(life.until_signal, signals)
                     nursery.start_soon(serve, listener, life.handlers())
                     nursery.start_soon(_announce, mountpoint, readiness)
