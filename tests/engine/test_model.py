@@ -115,6 +115,20 @@ class BufferMachine(RuleBasedStateMachine):
         else:
             self.leave(-1)
 
+    @rule(position=offsets, ahead=st.sampled_from([0, 1, 100, SMALL // 2, SMALL]), count=st.integers(1, SMALL))
+    def two_writers_meet(self, position: int, ahead: int, count: int) -> None:
+        """One waits with room in its hands, another writes a little ahead of it or runs into its place."""
+        self.enter_writer(position, [], True)
+        self.enter_writer(min(position + ahead, SIZE), [count], True)
+        self.enter_writer(max(0, position - ahead), [ahead, 1], True)
+
+    @precondition(lambda self: any(held is not None for _, held in self.writers))
+    @rule()
+    def rooms_are_filled(self) -> None:
+        for index, (_, held) in enumerate(self.writers):
+            if held is not None:
+                self.write(index, SMALL)
+
     @rule()
     def bring_all_that_is_missing(self) -> None:
         while (gap := self.present.first_gap(0, SIZE)) is not None:
