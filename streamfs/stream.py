@@ -127,6 +127,7 @@ class Stream:
         """Why the last attempt to open, fetch or persist failed."""
         self._orphans: list[Generation] = []  # evicted or removed, but still read
         self._opening = trio.Lock()
+        self._opens: set[trio.CancelScope] = set()  # of those who wait in `open`
         self._persisting: trio.CancelScope | None = None
         self._last_number = entry.facts_generation
 
@@ -145,9 +146,16 @@ class Stream:
     async def open(self) -> Handle:
         """A handle on the current version, which is asked for where that is due. Bounded by the stall timeout.
         Raises SourceFailed and its kinds where there is neither a source nor cached bytes."""
-        async with self._opening:
-            generation = await self._current()
-            handle = Handle(self, generation)
+        with trio.CancelScope() as scope:
+            self._opens.add(scope)
+            try:
+                async with self._opening:
+                    handle = Handle(self, await self._current())
+            finally:
+                self._opens.discard(scope)
+        if scope.cancelled_caught:
+            raise Closed("streamfs is shutting down")
+        generation = handle.generation
         if self.entry.spec.options.size_policy == "wait" and generation.buffer.size is None:
             try:
                 await generation.fetch_all(self.entry.spec.stall_timeout or WAIT_FOR_END)
@@ -427,6 +435,8 @@ class Stream:
     def interrupt(self, error: StreamfsError) -> None:
         """The daemon is about to end: every read fails, every fetch stops."""
         self._stop_persisting()
+        for scope in self._opens:
+            scope.cancel()
         for generation in (*self._orphans, self.generation):
             if generation is not None:
                 generation.stop(error)
