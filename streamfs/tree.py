@@ -104,9 +104,10 @@ class Tree:
         if file is None:
             file = self._files[entry.id] = File(entry.id, entry.id)
             self._nodes[file.inode] = file
-        elif file.folder is not None:
-            self._unlink(file)
+        was, name = file.folder, file.name
         self._link(file, at, last)
+        if was is not None and (was, name) != (at, last):
+            self._clear(was, name)  # after the new name is there, so that a folder they share stays
 
     def remove(self, stream_id: int) -> None:
         """Take a stream's name away; folders that this leaves empty go too."""
@@ -120,21 +121,27 @@ class Tree:
         file.folder, file.name = folder, name
 
     def _unlink(self, file: File) -> None:
-        at = file.folder
+        at, file.folder = file.folder, None
         assert at is not None
-        del at.children[file.name]
-        file.folder = None
+        if at.children.get(file.name) is file:  # another may have taken its name
+            self._clear(at, file.name)
+
+    def _clear(self, at: Folder, name: bytes) -> None:
+        """Take a name out of a folder, and folders that this leaves empty out of theirs."""
+        del at.children[name]
         while not at.children and at.parent is not None:
             del at.parent.children[at.name]
             self._nodes.pop(at.inode, None)
             at = at.parent
 
     def succeed(self, old: File) -> File:
-        """A new inode for the stream of `old`, which has another version now; it takes the old one's name."""
+        """The inode that follows `old`, whose stream has another version now: the one that did already, or a new one,
+        which takes the old one's name. Raises NotFound where the stream was removed."""
         current = self._files.get(old.stream_id)
-        if current is None or old.folder is None:
+        if current is None:
             raise NotFound("the stream was removed")
         if current is old:
+            assert old.folder is not None
             current = self._files[old.stream_id] = File(next(self._successors), old.stream_id)
             self._nodes[current.inode] = current
             self._link(current, old.folder, old.name)
