@@ -31,7 +31,7 @@ import trio
 from streamfs.sources.curlmulti import CurlFailure, LoopClosed, Transfer, TransferLoop, unusable_reason
 from streamfs.sources.transport import Ending, Identity, Request, TransportError
 
-HOST_CONNECTIONS = 8  # connections to one host at a time, as in the plain transport
+HOST_CONNECTIONS = 4096  # a guard, not a queue: see plain.CONNECTIONS_PER_HOST
 KNOWN_HOSTS_VARIABLE = "STREAMFS_KNOWN_HOSTS"
 
 _Kind = Literal["connect", "tls", "reset", "truncated", "protocol", "refused"]

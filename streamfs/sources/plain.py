@@ -29,7 +29,9 @@ INFORMATIONAL_LIMIT = 16  # 1xx replies before the final one
 RECEIVE_AHEAD = 256 * 1024  # bytes read at once while looking for heads and small chunks
 TLS_BATCH = 1 << 20  # bytes decrypted at most in one receive; OpenSSL gives one record (16 KiB) at a time
 RECEIVES_PER_CHECKPOINT = 4  # with 1 MiB views other tasks wait a few ms at most
-CONNECTIONS_PER_HOST = 8
+CONNECTIONS_PER_HOST = 4096
+"""A guard against running out of everything, not a queue: each stream has at most 8 fetches, and a low cap would let a
+few streams that stall on one host block every other stream of it."""
 IDLE_SECONDS = 15.0  # below the 60-75 s after which common servers close, so that stale connections are rare
 CONNECT_SECONDS = 10.0  # a dead address must leave time to try the next one within a stall timeout
 
