@@ -11,7 +11,7 @@ from streamfs.engine.buffer import Buffer, Missing, Writer
 from streamfs.engine.pool import LARGE, SMALL, Pool
 from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.engine.store import Gathered
-from streamfs.errors import Closed, Damaged, NoSpace, SourceChanged, SourceFailed
+from streamfs.errors import Closed, Damaged, NoSpace, OutsideWindow, SourceChanged, SourceFailed
 from tests.fakes import WAIT, Crew, flip_byte, named_bytes, poll_until
 
 SIZE = 3 * LARGE + 321
@@ -395,6 +395,30 @@ def test_memory_is_forgotten_only_where_the_source_can_give_it_again():
     writer = buffer.writer(0)
     bring(writer, SIZE)
     assert buffer.read_copy(0, SIZE) == DATA
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_reader_behind_the_window_gets_a_clear_error_and_one_ahead_notices_nothing(path, on_disk):
+    pool = Pool(8 * LARGE)
+    buffer = filled(pool)
+    buffer.record(Recording.create(path, HEADER))
+    while on_disk and buffer.spill(all_of_it=True):
+        pass
+    behind = buffer.look(LARGE - 10, 2 * LARGE)
+    memory = pool.used
+    floor = 2 * LARGE + 5
+    buffer.trim(floor)
+    with pytest.raises(OutsideWindow):
+        buffer.read_copy(floor - 1, 10)
+    assert buffer.read_copy(floor, SIZE - floor) == DATA[floor:]
+    if on_disk:
+        assert isinstance(behind, Gathered)
+        assert buffer.settle(behind, wait=True) is None  # punched out under its hands: never zeros
+        assert Recording.load(path).present().next_start(0) == 2 * LARGE
+    else:
+        assert pool.used < memory
+    buffer.close()
+    assert pool.used == 0
 
 
 # The end of a buffer

@@ -403,14 +403,17 @@ def test_what_is_not_a_recording_is_not_loaded(path):
     assert path.read_bytes() == DATA
 
 
-def test_punching_gives_disk_space_back_and_keeps_the_rest(path):
+def test_the_past_is_given_back_in_whole_extents_and_the_rest_stays_at_its_offsets(path):
     recording = Recording.create(path, HEADER)
     put(recording, 0, SIZE)
     before = recording.disk_bytes
-    recording.drop(0, 2 * BLOCK)
-    recording.punch(0, 2 * BLOCK)
+    past = recording.forget_before(2 * BLOCK + 5)
+    assert past == 2 * BLOCK
+    recording.punch(past)
     assert recording.disk_bytes <= before
-    assert get(recording, 2 * BLOCK, SIZE) == DATA[2 * BLOCK :]
+    for loaded in (recording, Recording.load(path)):
+        assert loaded.present() == RangeSet([(2 * BLOCK, SIZE)])
+        assert get(loaded, 2 * BLOCK, SIZE) == DATA[2 * BLOCK :]
 
 
 def test_far_offsets_are_sparse_on_disk(path):
