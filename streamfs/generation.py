@@ -122,6 +122,9 @@ class Generation:
         self.validated = time.monotonic()
         self.exit_status: int | None = None
         self.stderr_tail = ""
+        self._title: str | None = None
+        self._sha256: str | None = None
+        self._body: Body | None = None  # of the latest fetch that runs
         self.end_proven = True
         window = stream.entry.spec.options.window
         self._window = Window(window) if window is not None and not facts.ranged else None
@@ -183,7 +186,7 @@ class Generation:
         self.used = time.monotonic()
         fetch = self.plan.demand(missing, stop)
         if fetch is None:
-            spare = self.plan.spare()
+            spare = self.plan.spare(missing)
             if spare is not None:
                 self._cancel(spare)  # its end wakes the readers, and they demand again
         elif fetch not in self._scopes:
@@ -273,6 +276,7 @@ class Generation:
                     if self.facts.ranged:
                         fetch.position = gap
                     body = await self._open(fetch)
+                self._body = body
                 finished = await self._drain(fetch, body)
                 if finished:
                     return
@@ -407,6 +411,20 @@ class Generation:
         if status is not None:
             self.exit_status = status
         self.stderr_tail = getattr(body, "stderr_tail", "") or self.stderr_tail
+        self._title = getattr(body, "title", None) or self._title
+        self._sha256 = getattr(body, "sha256", None) or self._sha256
+        if self._body is body:
+            self._body = None
+
+    @property
+    def title(self) -> str | None:
+        """What the body says is playing now, or said last."""
+        return getattr(self._body, "title", None) or self._title
+
+    @property
+    def sha256(self) -> str | None:
+        """What the body's digest came to; None until all bytes are here."""
+        return self._sha256 if self.buffer.complete else None
 
     def _cancel(self, fetch: Fetch) -> None:
         self._scopes[fetch].cancel()

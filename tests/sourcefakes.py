@@ -220,7 +220,7 @@ async def a_filesystem(home: Path, origins: dict[str, Origin], **settings: Any) 
 async def until(condition: Callable[[], bool]) -> None:
     """Let other tasks run until `condition` holds; for what no event tells. For tests on the real clock."""
     with trio.fail_after(10):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await trio.sleep(0.001)
 
 

@@ -61,7 +61,7 @@ class FetchPlan:
 
     def first(self) -> Fetch:
         """The fetch of an opening request, from 0."""
-        return self._start(0, FIRST_AHEAD)
+        return self._start(0, 0)  # nobody has read anything yet
 
     def demand(self, missing: int, stop: int) -> Fetch | None:
         """A reader waits for `missing`..stop. A new Fetch is to be run; None: one under way will do, or, where all
@@ -87,12 +87,16 @@ class FetchPlan:
                 return fetch
         return None
 
-    def spare(self) -> Fetch | None:
-        """A resting fetch that may be ended to make place for another; the one that rests longest. None where all
-        are busy or there is place."""
-        if not self.crowded:
+    def spare(self, missing: int) -> Fetch | None:
+        """A resting fetch that may be ended to make place for one that brings `missing`. None where all are busy, or
+        there is place, or a fetch under way brings it."""
+        if not self.crowded or self._nearest(missing) is not None:
             return None
         return next((fetch for fetch in self.fetches if fetch.resting), None)
+
+    def is_served(self, position: int, besides: Fetch) -> bool:
+        """Whether another fetch than `besides` stands at `position` and brings what follows."""
+        return any(fetch.position == position for fetch in self.fetches if fetch is not besides)
 
     @property
     def crowded(self) -> bool:
@@ -118,7 +122,9 @@ class FetchPlan:
 
     def _hold(self) -> None:
         for fetch in self.fetches:
-            fetch.limit = fetch.wanted = fetch.position
+            # What nobody has read yet does not count as wanted, or each reader that comes and goes would take the
+            # fetch another read-ahead further.
+            fetch.limit, fetch.wanted = fetch.position, min(fetch.wanted, fetch.position)
 
     def ended(self, fetch: Fetch) -> None:
         self.fetches.remove(fetch)
