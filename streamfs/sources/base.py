@@ -47,7 +47,8 @@ class Source(Protocol):
     async def open(self, start: int, stop: int | None, expect: Facts | None) -> Body:
         """A body from `start` to `stop` (None: to the end); 0 <= start < stop.
 
-        One-way sources answer with a body whose `start` is 0. `expect` holds the facts of the generation to
+        One-way sources answer with a body whose `start` is 0 and which goes on to the end, whatever `stop` is: it may
+        be the only reading there is. `expect` holds the facts of the generation to
         continue: a source that serves another version raises SourceChanged. Without it any version will do.
         `start` at or past the end of the bytes raises SourceFailed, unless start is 0 (an empty body).
         Raises SourceFailed, SourceStalled, SourceChanged, NotPermitted (a forbidden address or redirect).
