@@ -22,6 +22,7 @@ from streamfs.errors import InvalidRequest, NameTooLong
 URL_SCHEMES = frozenset({"http", "https", "ftp", "ftps", "sftp", "file"})
 NAME_PART_BYTES = 255  # NAME_MAX of Linux file systems
 NAME_BYTES = 4095  # PATH_MAX less its NUL
+TRANSFORMS = ("bunzip2", "digest", "gunzip", "icy", "unxz", "unzstd")
 DEFAULT_STALL_TIMEOUT = 60.0  # seconds, for URLs (docs/semantics.md)
 
 
@@ -202,9 +203,20 @@ def check_spec(spec: StreamSpec) -> StreamSpec:
         raise InvalidRequest("the stall timeout must be more than 0")
     if options.window is not None:
         parse_window(options.window)
+    check_transforms(options.transforms)
     if options.refresh_command is not None and not options.refresh_command:
         raise InvalidRequest("the refresh command is empty")
     return spec
+
+
+def check_transforms(names: tuple[str, ...]) -> tuple[str, ...]:
+    """`names`, if each is a transform's and they can follow one another. Raises InvalidRequest."""
+    for name in names:
+        if name not in TRANSFORMS:
+            raise InvalidRequest(f"no transform is called {name!r}; there are {', '.join(TRANSFORMS)}")
+    if "icy" in names[1:]:
+        raise InvalidRequest("the transform icy must be the first: the server counts the bytes that it sends")
+    return names
 
 
 def _check_no_nul(what: str, text: str) -> None:

@@ -420,6 +420,16 @@ class Stream:
         return self.generation.stderr_tail if self.generation is not None else ""
 
     @property
+    def title(self) -> str | None:
+        """What a radio stream plays, as far as it was received; None where nothing told."""
+        return self.generation.title if self.generation is not None else None
+
+    @property
+    def sha256(self) -> str | None:
+        """What the transform `digest` found, once all bytes are here; None before and without it."""
+        return self.generation.sha256 if self.generation is not None else None
+
+    @property
     def end_proven(self) -> bool:
         """False where the known end rests on nothing but a closed connection."""
         return self.generation is None or self.generation.end_proven

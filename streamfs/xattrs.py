@@ -64,6 +64,8 @@ _READERS: dict[str, Callable[[Stream], str | None]] = {
     PREFIX + "exit": lambda s: _text(s.exit_status),
     PREFIX + "stderr": lambda s: _text(s.stderr_tail),
     PREFIX + "validator": lambda s: _text(s.facts.validator),
+    PREFIX + "title": lambda s: _text(s.title),
+    PREFIX + "sha256": lambda s: _text(s.sha256),
     PREFIX + "end": lambda s: None if s.end_proven else "unproven",
     PREFIX + "persisted_path": lambda s: _text(s.persisted_path),
     "user.mime_type": lambda s: _text(s.facts.mime),

@@ -3,16 +3,20 @@
 command       standard output of a command
 file          file:/// URLs
 http          http, https, ftp, ftps, sftp: the meaning of replies, over the transports plain and curl
+transformed   any of them, its bytes passed through transforms
 """
 
 from __future__ import annotations
 
 from urllib.parse import urlsplit
 
+import msgspec
+
 from streamfs.sources.base import Source
 from streamfs.sources.command import ProcessSource
 from streamfs.sources.file import FileSource
 from streamfs.sources.http import HttpSource, Transports
+from streamfs.sources.transformed import TransformedSource
 from streamfs.spec import StreamSpec, UrlSource
 
 __all__ = ["Transports", "make_source"]
@@ -20,6 +24,14 @@ __all__ = ["Transports", "make_source"]
 
 def make_source(spec: StreamSpec, transports: Transports) -> Source:
     """The source that `spec` describes; nothing is contacted or started yet."""
+    if spec.options.transforms:
+        # A declared size is that of the file which is shown, not of what the source sends.
+        bare = msgspec.structs.replace(spec, options=msgspec.structs.replace(spec.options, size=None))
+        return TransformedSource(_make_bare_source(bare, transports), spec.options.transforms)
+    return _make_bare_source(spec, transports)
+
+
+def _make_bare_source(spec: StreamSpec, transports: Transports) -> Source:
     if not isinstance(spec.source, UrlSource):
         return ProcessSource(spec)
     if urlsplit(spec.source.url).scheme.lower() == "file":

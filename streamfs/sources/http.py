@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 import zlib
 from dataclasses import dataclass, replace
@@ -152,6 +153,8 @@ class HttpSource:
     def _body(self, answer: Answer, start: int, stop: int | None) -> HttpBody:
         verdict = answer.verdict
         facts = self._believed(verdict.facts)
+        if _icy_metaint(answer.response):
+            facts = replace(facts, ranged=False, validator=None)  # its offsets count the metadata, which differs
         if isinstance(verdict, Ended) and start > 0:
             raise SourceFailed(f"{redact_url(self._url)} ends at or before byte {start}")
         if isinstance(verdict, Part) and facts.size is not None and verdict.end > facts.size:
@@ -267,6 +270,8 @@ class HttpSource:
             ("Accept", "*/*"),
             ("Accept-Encoding", "identity"),
         ]
+        if "icy" in self._options.transforms:
+            headers.append(("Icy-MetaData", "1"))
         if asked.ranged:
             last = "" if asked.stop is None else str(asked.stop - 1)
             headers.append(("Range", f"bytes={asked.start}-{last}"))
@@ -375,6 +380,8 @@ class HttpBody:
         self._again: Marks | None = None  # the second reading, up to `_position`
         self._ended = False
         self._scratch: memoryview | None = None
+        self.icy_metaint = _icy_metaint(answer.response)
+        """Bytes between two blocks of radio metadata; 0: there are none."""
         self._take(answer)
 
     async def receive_into(self, view: memoryview) -> int:
@@ -491,6 +498,8 @@ class HttpBody:
     def _take(self, answer: Answer) -> None:
         """Go on with this reply."""
         verdict = answer.verdict
+        if _icy_metaint(answer.response) != self.icy_metaint:
+            raise SourceChanged(f"{self._name} now sends its metadata at other places")
         self._flow = _Flow(answer.response, verdict)
         self._served_size = verdict.facts.size
         self._decoded = isinstance(verdict, Whole) and verdict.decode is not None
@@ -598,6 +607,11 @@ class _Decoder:
 
 def _judged(asked: Asked, response: Response) -> Verdict:
     return judge(asked, response.status, Headers(response.headers), time.time())
+
+
+def _icy_metaint(response: Response) -> int:
+    told = Headers(response.headers).get("icy-metaint")
+    return int(told) if told is not None and re.fullmatch(r"\d{1,9}", told, re.ASCII) else 0
 
 
 def _seconds(timeout: float | None) -> float:
