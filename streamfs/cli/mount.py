@@ -22,7 +22,7 @@ _LOOK = 0.05  # seconds between two looks at the mount table, which tells nobody
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint")  # not a click.Path, which would stat it, and so wait for a daemon that hangs
 @click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
 @click.option("--allow-other", is_flag=True, help="Let other users read the mount.")
 @click.option("--memory", type=types.SIZE, help="Memory for the bytes of all streams. [default: 256MiB]")
@@ -69,7 +69,7 @@ def mount_options(given: dict[str, Any]) -> MountOptions:
 
 
 @click.command()
-@click.argument("mountpoint", required=False, type=click.Path())
+@click.argument("mountpoint", required=False)
 @click.option("--lazy", is_flag=True, help="Also while programs have files open: they get errors.")
 def umount(mountpoint: str | None, lazy: bool) -> None:
     """End the daemon and its mount.
@@ -77,7 +77,7 @@ def umount(mountpoint: str | None, lazy: bool) -> None:
     Waits until both have gone. MOUNTPOINT is needed only for a mount whose daemon has died.
     """
     home = Home.open()
-    client = connect(home)
+    client = connect(home, END_WITHIN)
     if client is None:
         _umount_without_daemon(home, mountpoint, lazy)
         return
@@ -133,7 +133,7 @@ def _wait_for_end(home: Home, mountpoint: str) -> None:
     try:
         home.lock(wait=END_WITHIN).release()
     except Busy as error:
-        raise Busy(f"{error}: it has not ended within {END_WITHIN:g} seconds ('streamfs umount --lazy'?)") from error
+        raise Busy(f"{error}: it has not ended within {END_WITHIN:g} seconds ('kill -9' ends it)") from error
     while (left := mounts.mounted_at(mountpoint)) is not None and left.is_streamfs:
         if time.monotonic() >= deadline:
             mounts.detach(mountpoint, lazy=True)

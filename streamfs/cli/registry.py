@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from streamfs.control import Client
+from streamfs.control.client import DEFAULT_TIMEOUT
 from streamfs.errors import Busy, InvalidRequest, NotPermitted, Unreachable
 from streamfs.home import Home
 from streamfs.spec import StreamSpec, UrlSource
@@ -68,13 +69,13 @@ def open_registry(home: Home, cache_directory: Path | None = None) -> Iterator[R
         return
 
 
-def connect(home: Home) -> Client | None:
-    """A connection to the daemon of `home`; None where none listens."""
+def connect(home: Home, timeout: float = DEFAULT_TIMEOUT) -> Client | None:
+    """A connection to the daemon of `home`; None where none listens. `timeout` as for Client."""
     holder = home.holder()
     recorded = [] if holder is None or holder.socket is None else [holder.socket]
     for path in dict.fromkeys((*recorded, home.socket_path)):
         with contextlib.suppress(Unreachable):
-            return Client(path)
+            return Client(path, timeout)
     return None
 
 
