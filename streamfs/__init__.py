@@ -19,9 +19,34 @@ errors        every error and its errno
 As a library: `StreamBuffer` gives random access to any iterable of bytes.
 """
 
-from streamfs.engine.streambuffer import StreamBuffer, StreamHandle
-from streamfs.errors import StreamfsError
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streamfs.engine.streambuffer import StreamBuffer, StreamHandle
+    from streamfs.errors import StreamfsError
 
 __all__ = ["StreamBuffer", "StreamHandle", "StreamfsError", "__version__"]
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "StreamBuffer": "streamfs.engine.streambuffer",
+    "StreamHandle": "streamfs.engine.streambuffer",
+    "StreamfsError": "streamfs.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: a command such as `streamfs ls` needs neither the engine nor trio.
+    import importlib
+
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'streamfs' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import http.cookiejar
 import netrc
 import urllib.request
@@ -37,6 +38,7 @@ def user_agent(options: StreamOptions) -> str:
     return options.user_agent if options.user_agent is not None else f"streamfs/{_version()}"
 
 
+@functools.cache
 def _version() -> str:
     try:
         return metadata.version("streamfs")
