@@ -19,10 +19,10 @@ import trio
 from streamfs.cache import Cache
 from streamfs.catalog import Entry
 from streamfs.engine.buffer import Buffer, Writer
-from streamfs.engine.fetches import Fetch, FetchPlan
+from streamfs.engine.fetches import FIRST_AHEAD, Fetch, FetchPlan
 from streamfs.engine.pool import LARGE
 from streamfs.engine.recording import BLOCK, Header, Recording
-from streamfs.errors import SourceChanged, SourceFailed, SourceStalled, StreamfsError
+from streamfs.errors import NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError
 from streamfs.sources.base import Body, Facts, Source
 from streamfs.spec import parse_window
 
@@ -128,6 +128,7 @@ class Generation:
         self.end_proven = True
         window = stream.entry.spec.options.window
         self._window = Window(window) if window is not None and not facts.ranged else None
+        self._wanting_all = 0  # calls of `fetch_all` under way
         self._latency = 0.0  # seconds the last request took to its reply
         self._end_probe = memoryview(bytearray(1))  # where a byte past the declared end would land
         self._scopes: dict[Fetch, trio.CancelScope] = {}
@@ -206,22 +207,30 @@ class Generation:
 
     async def fetch_all(self, progress_within: float | None = None) -> None:
         """Bring every byte up to the end. Raises the stream's failure, and SourceStalled where nothing arrives for
-        `progress_within` seconds."""
+        `progress_within` seconds, NoSpace where bytes had to be dropped meanwhile for want of room."""
+        self._wanting_all += 1
         self.plan.want_all()
         self._ring()
+        reached = 0
         try:
             while True:
                 gap = self.buffer.first_gap(0)
                 if gap is None:
                     return
+                if gap < reached:  # to fetch them again at once would go on for ever
+                    raise NoSpace(f"no room to keep the whole: {self._context.cache.disk_error or 'bytes were lost'}")
+                reached = gap
                 with trio.move_on_after(progress_within or float("inf")) as patience:
                     # Whoever counts seconds looks at each arrival; otherwise one wake per piece is enough.
                     await self.buffer.wait_async(gap, 1 if progress_within else LARGE, self.demand)
                 if patience.cancelled_caught:
                     raise SourceStalled(f"nothing arrived for {progress_within:g} s")
         finally:
-            self.plan.want_no_more()
-            self._ring()
+            self._wanting_all -= 1
+            if not self._wanting_all:
+                self.plan.want_no_more()
+                self._ring()
+                self.buffer.wake_all()  # readers that a fetch without limits was to serve ask for themselves now
 
     # Fetching
 
@@ -265,6 +274,7 @@ class Generation:
                 self.buffer.wake_all()  # those that this fetch was to serve ask for another
 
     async def _fetch(self, fetch: Fetch, body: Body | None) -> None:
+        stop = FIRST_AHEAD if self.facts.ranged else None  # where the body of an opening request ends
         try:
             while True:
                 if body is None:
@@ -273,11 +283,14 @@ class Generation:
                     gap = self.buffer.first_gap(fetch.position)
                     if gap is None:
                         return
-                    if self.facts.ranged:
+                    if self.facts.ranged and gap > fetch.position:
+                        if self.plan.is_served(gap, fetch):
+                            return
                         fetch.position = gap
-                    body = await self._open(fetch)
+                        continue  # it may be further than readers need
+                    body, stop = await self._open(fetch)
                 self._body = body
-                finished = await self._drain(fetch, body)
+                finished = await self._drain(fetch, body, stop)
                 if finished:
                     return
                 await body.aclose()
@@ -288,9 +301,11 @@ class Generation:
                 with trio.move_on_after(CLOSE_SOON if self._context.closing else float("inf"), shield=True):
                     await body.aclose()
 
-    async def _open(self, fetch: Fetch) -> Body:
+    async def _open(self, fetch: Fetch) -> tuple[Body, int | None]:
+        """A body that goes on where the fetch is, and where it was asked to stop."""
         began = time.monotonic()
         facts = self.facts
+        stop: int | None = None
         if facts.ranged:
             window = fetch.window()
             stop = window if window is None or facts.size is None else min(window, facts.size)
@@ -300,24 +315,26 @@ class Generation:
                     await body.aclose()
                 raise SourceChanged("the source no longer serves ranges")
         else:
-            expect = facts if self._stream.is_url and self.buffer.buffered else None
-            body = await self._stream.source.open(0, None, expect)
+            body = await self._stream.source.open(0, None, facts if self._stream.is_url else None)
         self.validated = time.monotonic()
         self._latency = self.validated - began
-        return body
+        return body, stop
 
-    async def _drain(self, fetch: Fetch, body: Body) -> bool:
+    async def _drain(self, fetch: Fetch, body: Body, stop: int | None) -> bool:
         """Move the body's bytes into the buffer. True: this fetch has nothing more to do; False: the body ended where
-        its range ended, and another may follow."""
-        if body.start < fetch.position or (not self.facts.ranged and self.buffer.available(0, 1)):
-            await self._compare(fetch, body)
-        writer = self.buffer.writer(fetch.position)
-        try:
-            return await self._pump(fetch, body, writer)
-        finally:
-            writer.close()
+        its range ended, or met bytes that are there, and another may follow."""
+        while True:
+            if not self.facts.ranged:
+                await self._compare(fetch, body)
+            writer = self.buffer.writer(fetch.position)
+            try:
+                finished = await self._pump(fetch, body, writer, stop)
+            finally:
+                writer.close()
+            if finished or self.facts.ranged:
+                return finished
 
-    async def _pump(self, fetch: Fetch, body: Body, writer: Writer) -> bool:
+    async def _pump(self, fetch: Fetch, body: Body, writer: Writer, stop: int | None) -> bool:
         cache, buffer = self._context.cache, self.buffer
         began, first = time.monotonic(), writer.position
         while True:
@@ -326,8 +343,8 @@ class Generation:
             if buffer.memory > cache.spill_threshold:
                 cache.grew(self)
                 await cache.ready(self)
-            if self.facts.ranged and writer.met and not self._at_size(writer):
-                return False  # somebody else brought what follows
+            if writer.met and not self._at_size(writer):
+                return False  # what follows is there
             view = self._end_probe if self._at_size(writer) else writer.room()
             if view is None:
                 await cache.memory(self)
@@ -337,7 +354,7 @@ class Generation:
             count = await body.receive_into(view)
             if count == 0:
                 self._measure(writer.position - first, time.monotonic() - began)
-                return self._body_ended(fetch, body, writer)
+                return self._body_ended(body, writer, stop)
             if view is self._end_probe or self._at_size(writer):
                 raise SourceFailed(f"the source sent more than the {buffer.size} bytes it had declared")
             writer.wrote(count)
@@ -349,9 +366,10 @@ class Generation:
         """Whether all declared bytes of a one-way body are in, so that only its end is still to be seen."""
         return self.buffer.size is not None and writer.position >= self.buffer.size
 
-    def _body_ended(self, fetch: Fetch, body: Body, writer: Writer) -> bool:
+    def _body_ended(self, body: Body, writer: Writer, stop: int | None) -> bool:
         size = self.buffer.size
-        if self.facts.ranged and size is not None and writer.position < size:
+        # Where the length is unknown, the end of the range that was asked for says nothing of the stream's end.
+        if self.facts.ranged and (writer.position < size if size is not None else stop == writer.position):
             return False
         if size is not None and writer.position < size:
             raise SourceFailed(f"the source ended at byte {writer.position} of {size}")
@@ -360,8 +378,9 @@ class Generation:
         return True
 
     async def _compare(self, fetch: Fetch, body: Body) -> None:
-        """A one-way source was started again: what it sends anew must be what is there."""
-        position = body.start
+        """A one-way source was started again: what it sends anew must be what is there. Leaves the fetch at the
+        first byte that is not."""
+        position = fetch.position
         scratch = memoryview(bytearray(_COMPARE))
         while (here := self.buffer.available(position, _COMPARE)) > 0:
             count = await body.receive_into(scratch[:here])

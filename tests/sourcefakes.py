@@ -134,7 +134,7 @@ class FakeSource:
             raise origin.refuses
         if expect is not None and expect.validator != origin.facts.validator:
             raise SourceChanged("another version")
-        if start and start >= origin.size:
+        if start > origin.size or (start and start == origin.size and origin.told):
             raise SourceFailed("nothing there")
         return FakeBody(origin, start, stop) if origin.ranged else FakeBody(origin, 0, None)
 

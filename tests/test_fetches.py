@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -60,7 +61,7 @@ def test_the_window_doubles_as_a_reader_reads_on_and_ends_at_the_read_ahead() ->
         assert fetch.limit is not None
         assert fetch.limit <= position + READ_AHEAD
     assert aheads == sorted(aheads)
-    assert {b // a for a, b in zip(aheads, aheads[1:], strict=False)} == {1, 2}
+    assert {b // a for a, b in itertools.pairwise(aheads)} == {1, 2}
     assert aheads[-1] == READ_AHEAD
 
 
@@ -239,6 +240,16 @@ def test_a_reader_that_follows_moves_only_the_fetch_it_follows(ranged: bool) -> 
     brought(fetch)
     assert plan.follow(FIRST_AHEAD // 2, fetch.position) is fetch
     assert (plan.follow(FIRST_AHEAD // 2, fetch.position - 1) is fetch) is not ranged
+
+
+def test_a_small_read_of_what_is_there_starts_no_request_of_its_own() -> None:
+    plan = plan_of()
+    fetch = demanded(plan, 10 * MIB, 4 * KIB)
+    brought(fetch)
+    assert plan.follow(10 * MIB + 4 * KIB, fetch.position) is fetch
+    assert fetch.resting
+    assert plan.follow(10 * MIB + FIRST_AHEAD // 2, fetch.position) is fetch
+    assert fetch.limit == 10 * MIB + FIRST_AHEAD // 2 + FIRST_AHEAD
 
 
 def test_where_another_fetch_stands_there_is_nothing_to_do() -> None:

@@ -83,7 +83,9 @@ class FetchPlan:
             if fetch.position == front or (not self.ranged and front <= fetch.position):
                 if fetch.position - fetch.start >= 4 * fetch.ahead:
                     fetch.ahead = min(fetch.ahead * 2, self.read_ahead)  # it is read on and on
-                self._allow(fetch, stop)
+                # A resting fetch asks anew only where half a window is to be had: small reads cost no request each.
+                if not (self.ranged and fetch.resting and stop + fetch.ahead // 2 < fetch.position):
+                    self._allow(fetch, stop)
                 return fetch
         return None
 
