@@ -1,0 +1,73 @@
+"""A home and a mount for each test, origins, and media made once."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.mounted import Mounted, Tap, checked
+from tests.mount.origin import ScriptedOrigin
+
+
+@pytest.fixture
+def unmounted(tmp_path: Path) -> Iterator[Mounted]:
+    """A home without a daemon, which a test may start; everything is ended after it."""
+    made = Mounted(tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def fs(unmounted: Mounted) -> Mounted:
+    """A running daemon with the default options."""
+    unmounted.mount()
+    return unmounted
+
+
+@pytest.fixture
+def origin() -> Iterator[ScriptedOrigin]:
+    made = ScriptedOrigin()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def tap(tmp_path: Path) -> Iterator[Tap]:
+    made = Tap(tmp_path / "tap")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+SECONDS = 8
+"""How long the media play."""
+_NOISE = ("-f", "lavfi", "-i", f"anoisesrc=d={SECONDS}:c=pink:seed=7:r=44100")
+_PICTURE = ("-f", "lavfi", "-i", f"testsrc2=d={SECONDS}:s=640x360:r=25")
+_CODECS = ("-c:v", "mpeg4", "-q:v", "3", "-c:a", "mp2", "-shortest")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with noise.flac, film.mp4 (its index at the end), film.mkv, film.ts and things.zip."""
+    folder = tmp_path_factory.mktemp("library")
+    folder.chmod(0o755)
+    ffmpeg = ("ffmpeg", "-v", "error", "-nostdin")
+    checked([*ffmpeg, *_NOISE, "-ac", "2", folder / "noise.flac"])
+    checked([*ffmpeg, *_NOISE, *_PICTURE, *_CODECS, folder / "film.mkv"])
+    for name in ("film.mp4", "film.ts"):
+        checked([*ffmpeg, "-i", folder / "film.mkv", "-c", "copy", folder / name])
+    film = (folder / "film.mp4").read_bytes()
+    assert film.index(b"moov") > film.index(b"mdat"), "the index must be at the end"
+    with zipfile.ZipFile(folder / "things.zip", "w") as things:
+        for name in ("noise.flac", "film.mp4"):
+            things.write(folder / name, name)
+        things.writestr("numbers.txt", "\n".join(map(str, range(200_000))), zipfile.ZIP_DEFLATED)
+    return folder

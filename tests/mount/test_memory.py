@@ -1,0 +1,126 @@
+"""Memory first, then the cache directory, within a budget; and no source is read further than readers need."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.mount.mounted import Mounted, checked, wait_for
+from tests.mount.origin import ScriptedOrigin
+
+MIB = 1 << 20
+SOAK = int(os.environ.get("STREAMFS_SOAK", "1"))
+
+
+def resident(pid: int, field: str = "VmRSS") -> int:
+    """Bytes of memory a process holds (VmRSS), or has held at most (VmHWM)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"no {field}")
+
+
+def test_below_the_spill_threshold_nothing_is_written(fs: Mounted, origin: ScriptedOrigin) -> None:
+    document = origin.add("small", 5 * MIB, ranged=False)
+    path = fs.add("small", document.url)
+    assert checked(["cat", path]) == document.bytes()
+    assert fs.xattr("small", "state") == "complete"
+    assert checked(["cat", path]) == document.bytes()
+    assert fs.data_files == []
+
+
+def test_past_the_spill_threshold_bytes_move_to_one_file_and_stay_right(fs: Mounted, origin: ScriptedOrigin) -> None:
+    document = origin.add("large", 16 * MIB, ranged=False)
+    path = fs.add("large", document.url)
+    assert checked(["cat", path]) == document.bytes()
+    (data,) = wait_for(lambda: fs.data_files, "a data file")
+    wait_for(lambda: data.stat().st_blocks * 512 >= 8 * MIB, "most of it is on disk")
+    assert data.stat().st_mode & 0o777 == 0o600
+    assert checked(["cat", path]) == document.bytes()
+    assert checked(["tail", "-c", "100000", path]) == document.bytes(16 * MIB - 100_000)
+    assert document.bodies == 1
+
+
+def test_the_spill_threshold_can_be_set(unmounted: Mounted, origin: ScriptedOrigin) -> None:
+    unmounted.mount("--spill-threshold", "1MiB")
+    document = origin.add("middling", 3 * MIB)
+    path = unmounted.add("middling", document.url)
+    assert checked(["cat", path]) == document.bytes()
+    wait_for(lambda: unmounted.data_files, "a data file")
+
+
+def test_the_cache_directory_can_be_set(unmounted: Mounted, origin: ScriptedOrigin, tmp_path: Path) -> None:
+    unmounted.mount("--spill-threshold", "1MiB", "--cache-dir", str(tmp_path / "elsewhere"))
+    document = origin.add("middling", 3 * MIB)
+    path = unmounted.add("middling", document.url)
+    assert checked(["cat", path]) == document.bytes()
+    wait_for(lambda: list((tmp_path / "elsewhere").glob("*.data")), "a data file there")
+    assert unmounted.data_files == []
+    assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_memory_stays_within_the_budget_while_many_streams_are_read(unmounted: Mounted, tmp_path: Path) -> None:
+    streams, size = 20, 50 * MIB if SOAK > 1 else 20 * MIB
+    block = os.urandom(MIB)
+    expected = hashlib.sha256(block * (size // MIB)).hexdigest().encode()
+    (tmp_path / "block").write_bytes(block)
+    pid = unmounted.mount("--memory", "64MiB")
+    before = resident(pid)
+    line = f"for i in $(seq {size // MIB}); do cat {tmp_path / 'block'}; done"
+    paths = [unmounted.add(f"s{number}", "--shell", line) for number in range(streams)]
+    readers = [unmounted.start(["sha256sum", path]) for path in paths]
+    for reader in readers:
+        output, errors = reader.communicate(timeout=300)
+        assert not errors
+        assert output.split()[0] == expected
+    # Over the budget: what twenty processes, their pipes' buffers and the allocator cost.
+    assert resident(pid, "VmHWM") <= before + (64 + 48) * MIB
+
+
+_COUNTING = """
+import os, sys
+total, block = 0, bytes(65536)
+with open(sys.argv[1], "wb", buffering=0) as count:
+    while True:
+        total += os.write(1, block)
+        os.pwrite(count.fileno(), b"%d" % total, 0)
+"""
+
+
+@pytest.mark.parametrize("read_ahead", [2 * MIB, 8 * MIB])
+def test_a_command_is_not_read_further_than_the_read_ahead(read_ahead: int, unmounted: Mounted, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    unmounted.mount("--read-ahead", str(read_ahead))
+    path = unmounted.add("endless", "--", "python3", "-c", _COUNTING, count)
+
+    def written() -> int:
+        return int(count.read_bytes() or b"0")
+
+    with path.open("rb", buffering=0) as file:
+        for furthest in (MIB, 20 * MIB):
+            while file.tell() < furthest:
+                assert file.read(MIB)
+            unmounted.wait_for_state("endless", "paused")
+            assert written() <= furthest + read_ahead + 3 * MIB  # a pipe holds 1 MiB, the kernel reads 1 MiB ahead
+            assert unmounted.buffered("endless") <= furthest + read_ahead + 2 * MIB
+    unmounted.wait_for_state("endless", "paused")
+    assert written() <= 20 * MIB + read_ahead + 3 * MIB
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_is_not_read_further_than_the_read_ahead(
+    chunked: bool, unmounted: Mounted, origin: ScriptedOrigin
+) -> None:
+    unmounted.mount("--read-ahead", "2MiB")
+    document = origin.add("endless", 500 * MIB, ranged=False, chunked=chunked)
+    path = unmounted.add("endless", "--no-probe", document.url)
+    with path.open("rb", buffering=0) as file:
+        assert file.read(1000) == document.bytes(0, 1000)
+        unmounted.wait_for_state("endless", "paused")
+        assert unmounted.buffered("endless") <= 8 * MIB
+        assert document.sent <= 32 * MIB  # what both ends' sockets hold is not ours to say
