@@ -498,9 +498,9 @@ class HttpBody:
     def _take(self, answer: Answer) -> None:
         """Go on with this reply."""
         verdict = answer.verdict
+        self._flow = _Flow(answer.response, verdict)
         if _icy_metaint(answer.response) != self.icy_metaint:
             raise SourceChanged(f"{self._name} now sends its metadata at other places")
-        self._flow = _Flow(answer.response, verdict)
         self._served_size = verdict.facts.size
         self._decoded = isinstance(verdict, Whole) and verdict.decode is not None
         if isinstance(verdict, Ended):
