@@ -3,7 +3,7 @@
 The map, from top to bottom; imports point downwards only:
 
 cli           the commands; parses, asks, prints
-daemon        the only trio.run: mount, signals, order of shutdown       mounting: the mountpoint itself
+daemon        the only trio.run: mount, signals, order of shutdown       mounting: the mountpoint
 fuse          the pyfuse3 adapter                                        control: requests over a unix socket
 interrupts    readers that were told to stop                             watchdog: an event loop that stands still
 filesystem    names to streams, handles, attributes; no FUSE in it       tree, xattrs: its names and attributes
@@ -13,7 +13,7 @@ catalog       the registered streams, on SQLite
 cache         what is kept and what goes: memory, disk, age
 sources       where bytes come from: commands, files, HTTP and its kin
 engine        the buffer: many readers, threads and trio, memory then disk
-home, spec    where things are; what a stream is registered with
+home, spec    where things are; what a stream is registered with       mounts: what is mounted
 errors        every error and its errno
 
 As a library: `StreamBuffer` gives random access to any iterable of bytes.

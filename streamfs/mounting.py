@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
+from streamfs import mounts
 from streamfs.errors import Busy, InvalidRequest, NotPermitted, StreamfsError
 
 log = logging.getLogger(__name__)
@@ -39,62 +37,37 @@ def check_fuse() -> None:
 def prepare_mountpoint(mountpoint: Path) -> None:
     """See to it that `mountpoint` is an existing directory where nothing is mounted; a streamfs mount whose daemon
     died is cleared away. Raises InvalidRequest, NotPermitted, Busy."""
+    there = mounts.mounted_at(str(mountpoint))
+    if there is not None:
+        if not there.is_streamfs or not mounts.is_dead(there.path):
+            what = "streamfs" if there.is_streamfs else there.kind
+            raise Busy(
+                f"a file system ({what}) is mounted on {mountpoint} already: unmount it, or take another directory"
+            )
+        log.warning("clearing away the dead mount on %s", mountpoint)
+        mounts.detach(there.path, lazy=True)
     try:
-        is_folder = mountpoint.is_dir() if not is_dead(mountpoint) else _clear_dead(mountpoint)
+        is_folder = mountpoint.is_dir()
+        exists = is_folder or mountpoint.exists()
     except PermissionError as error:
         raise NotPermitted(f"you may not use {mountpoint} as a mountpoint") from error
     if not is_folder:
-        what = "is not a directory" if mountpoint.exists() else "does not exist: create it with mkdir"
+        what = "is not a directory" if exists else "does not exist: create it with mkdir"
         raise InvalidRequest(f"the mountpoint {mountpoint} {what}")
-    if is_mounted(mountpoint):
-        raise Busy(f"something is mounted on {mountpoint} already: unmount it, or take another directory")
-
-
-def _clear_dead(mountpoint: Path) -> bool:
-    log.warning("clearing away the dead mount on %s", mountpoint)
-    unmount(mountpoint, lazy=True)
-    if is_dead(mountpoint):
-        raise Busy(f"a dead mount on {mountpoint} cannot be cleared: run 'fusermount3 -uz {mountpoint}'")
-    return mountpoint.is_dir()
-
-
-def is_dead(mountpoint: Path) -> bool:
-    """Whether a FUSE mount is there that no daemon serves any more."""
-    try:
-        mountpoint.stat()
-    except OSError as error:
-        return error.errno == errno.ENOTCONN
-    return False
 
 
 def is_mounted(mountpoint: Path) -> bool:
-    """Whether `mountpoint` is the root of some mount. Asks /proc only, never the mount."""
-    return _mount_of(mountpoint) is not None
-
-
-def _mount_of(mountpoint: Path) -> tuple[int, int] | None:
-    """(major, minor) of the device mounted last on `mountpoint`."""
-    # realpath would stat the mount itself; its parent is enough.
-    target = os.fsencode(os.path.realpath(mountpoint.parent) + "/" + mountpoint.name).replace(b"//", b"/")
-    found = None
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        fields = line.split(b" ")
-        if _unescape(fields[4]) == target:
-            major, minor = fields[2].split(b":")
-            found = (int(major), int(minor))
-    return found
-
-
-def _unescape(field: bytes) -> bytes:
-    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)
+    """Whether a streamfs is mounted on `mountpoint`, dead or alive."""
+    there = mounts.mounted_at(str(mountpoint))
+    return there is not None and there.is_streamfs
 
 
 def tune(mountpoint: Path) -> None:
     """Raise the kernel's limits for the mount, as far as we may. What cannot be set is only logged."""
-    device = _mount_of(mountpoint)
-    if device is None:
+    there = mounts.mounted_at(str(mountpoint))
+    if there is None:
         return
-    major, minor = device
+    major, minor = there.device
     _set(Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb"), READ_AHEAD_KB)
     connection = _CONNECTIONS / str(major << 20 | minor)  # the kernel's own form of a device number
     limits = {
@@ -126,26 +99,9 @@ def _set_unseen(limits: dict[Path, int]) -> None:
         log.info("the kernel's limits for background reads stay as they are: %s", done.stderr.strip())
 
 
-def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
-    """Take the mount away. `lazy`: at once for new users, for those inside when they leave. Raises Busy where somebody
-    uses it, StreamfsError where it cannot be done."""
-    tool = shutil.which("fusermount3")
-    if tool is not None:
-        command = [tool, "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
-    elif os.geteuid() == 0:
-        command = ["umount", *(["-l"] if lazy else []), str(mountpoint)]
-    else:
-        raise InvalidRequest("fusermount3 is missing: install the package fuse3")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_TIMEOUT, check=False)
-    if done.returncode == 0:
-        return
-    reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-    if "busy" in reason:
-        raise Busy(f"{mountpoint} is in use: close what has it open, or unmount with --lazy")
-    raise StreamfsError(f"cannot unmount {mountpoint}: {reason}")
-
-
 def unmount_quietly(mountpoint: Path) -> None:
-    """The last resort at the end of a daemon."""
-    with contextlib.suppress(StreamfsError, subprocess.TimeoutExpired):
-        unmount(mountpoint, lazy=True)
+    """Take the mount away at the end of a daemon: at once for new users, for those inside when they leave."""
+    try:
+        mounts.detach(str(mountpoint), lazy=True)
+    except StreamfsError as error:
+        log.warning("%s", error)

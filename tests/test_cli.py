@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from streamfs import mounts
 from streamfs.catalog import Catalog
-from streamfs.cli import keep, mounts, types
+from streamfs.cli import keep, types
 from streamfs.cli.app import cli, main
 from streamfs.cli.doctor import Finding, check_device
 from streamfs.cli.mount import mount_options

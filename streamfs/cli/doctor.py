@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import click
 
-from streamfs.cli import mounts, types
+from streamfs import mounts
+from streamfs.cli import types
 from streamfs.cli.registry import connect
 from streamfs.errors import Busy, StreamfsError
 from streamfs.home import Home

@@ -10,7 +10,8 @@ from typing import Any
 import click
 import msgspec
 
-from streamfs.cli import mounts, types
+from streamfs import mounts
+from streamfs.cli import types
 from streamfs.cli.registry import connect
 from streamfs.control import Client
 from streamfs.errors import Busy, InvalidRequest, StreamfsError, Unreachable

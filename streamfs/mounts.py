@@ -1,4 +1,5 @@
-"""What the kernel says is mounted."""
+"""What the kernel says is mounted, whether it lives, and how it is taken away. Nothing here touches a mount itself:
+a daemon that hangs would make us hang."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ class Mount:
     path: str
     kind: str
     source: str
+    device: tuple[int, int]  # major, minor
 
     @property
     def is_streamfs(self) -> bool:
@@ -31,7 +33,9 @@ def mounts() -> list[Mount]:
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         left, _, right = os.fsdecode(line).partition(" - ")
         kind, source = right.split(" ")[:2]
-        found.append(Mount(_unescape(left.split(" ")[4]), kind, _unescape(source)))
+        fields = left.split(" ")
+        major, minor = fields[2].split(":")
+        found.append(Mount(_unescape(fields[4]), kind, _unescape(source), (int(major), int(minor))))
     return found
 
 
