@@ -7,9 +7,11 @@ between them.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -28,7 +30,7 @@ from streamfs.spec import parse_window
 
 log = logging.getLogger(__name__)
 
-LINGER = 1.0
+LINGER = 0.5
 """Seconds a fetch that nobody needs is kept for a reader that comes back (players reopen)."""
 IDLE = 5.0
 """Seconds a resting fetch of a ranged source keeps its connection for a reader that has the stream open."""
@@ -38,6 +40,8 @@ _COMPARE = 64 * 1024  # bytes at a time, when a restarted one-way source is comp
 
 _WINDOW_STEP = 1024 * 1024  # bytes by which a window moves: each move costs a hop to the disk's thread
 _MARKS = 256  # moments remembered in a window of time
+
+_DIGEST = "user.streamfs.sha256"
 
 State = Literal["idle", "live", "paused", "complete", "failed"]
 
@@ -123,7 +127,7 @@ class Generation:
         self.exit_status: int | None = None
         self.stderr_tail = ""
         self._title: str | None = None
-        self._sha256: str | None = None
+        self._sha256 = None if recording is None else _kept_digest(recording)
         self._body: Body | None = None  # of the latest fetch that runs
         self.end_proven = True
         window = stream.entry.spec.options.window
@@ -445,6 +449,14 @@ class Generation:
         """What the body's digest came to; None until all bytes are here."""
         return self._sha256 if self.buffer.complete else None
 
+    def keep_digest(self) -> None:
+        """Write the digest beside the settled bytes, for the next run, as an attribute of the data file. A file system
+        without such attributes keeps none."""
+        recording = self.buffer.recording
+        if self.sha256 is not None and recording is not None and recording.path is not None:
+            with suppress(OSError):
+                os.setxattr(recording.path, _DIGEST, self.sha256.encode())
+
     def _cancel(self, fetch: Fetch) -> None:
         self._scopes[fetch].cancel()
 
@@ -467,3 +479,11 @@ class Generation:
         if self._scopes:
             return "paused" if all(fetch.resting for fetch in self._scopes) else "live"
         return "live" if self.plan.greedy or self.buffer.complete else "idle"
+
+
+def _kept_digest(recording: Recording) -> str | None:
+    if recording.path is None:
+        return None
+    with suppress(OSError):  # most have none
+        return os.getxattr(recording.path, _DIGEST).decode("ascii", "replace")
+    return None
