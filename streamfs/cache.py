@@ -21,7 +21,7 @@ import trio
 from streamfs.engine.buffer import SPILL_BATCH, Buffer
 from streamfs.engine.pool import Pool
 from streamfs.engine.recording import Header, Recording, unlink_recording
-from streamfs.errors import NoSpace
+from streamfs.errors import Damaged, NoSpace
 
 log = logging.getLogger(__name__)
 
@@ -134,16 +134,21 @@ class Cache:
 
     async def wake_dormant(self, stream_id: int, key: str) -> Recording | None:
         """The recording an earlier run left for the stream, if it is of the source `key`; it is the caller's now."""
-        dormant = self._dormant.pop(stream_id, None)
+        dormant = self._dormant.get(stream_id)
         if dormant is None:
             return None
         try:
+            # Until it is loaded it stays where it is: a reader that gives up must not make it be forgotten.
             recording = await trio.to_thread.run_sync(Recording.load, dormant.path, limiter=self._threads)
+            if self._dormant.get(stream_id) is not dormant:
+                return None  # evicted meanwhile
+            del self._dormant[stream_id]
             if recording is None or recording.header.key != key:
                 unlink_recording(dormant.path)
                 return None
         except OSError as error:
             log.warning("cannot read the recording %s: %s", dormant.path, error)
+            self._dormant.pop(stream_id, None)
             return None
         return recording
 
@@ -218,13 +223,16 @@ class Cache:
         self._measure(generation)
 
     async def settle(self, generation: Cached) -> None:
-        """Write all of a complete generation to disk and make it durable. Raises NoSpace."""
+        """Write all of a complete generation to disk and make it durable. Raises NoSpace, and where the generation is
+        complete no more what took its bytes away."""
         try:
             self._give_recording(generation)
             await trio.to_thread.run_sync(generation.buffer.settle_for_good, limiter=self._threads)
         except OSError as error:
             self._disk_failed(error)
             raise NoSpace(f"cannot keep the stream in {self.directory}: {error.strerror}") from error
+        except ValueError as error:
+            raise generation.buffer.failure or Damaged("cached bytes were lost while they were kept") from error
         finally:
             self._measure(generation)
 
@@ -248,14 +256,18 @@ class Cache:
 
     async def _make_room(self) -> None:
         tried: set[Cached] = set()
+        moved = False
         while True:
             generation = self._heaviest(tried)
             if generation is None:
                 break
-            if not await self._shrink(generation):
+            if await self._shrink(generation):
+                moved = True
+            else:
                 tried.add(generation)
             self._announce()
-        if self._waiting and not self._evict_memory():
+        # Where something was moved, those who wait have not seen it yet, and come back if it is not enough.
+        if self._waiting and not moved and not self._evict_memory():
             self._stuck += 1
         self._announce()
 

@@ -16,10 +16,12 @@ import trio
 
 from streamfs.catalog import Entry
 from streamfs.engine.fetches import FIRST_AHEAD
+from streamfs.engine.state import again
 from streamfs.errors import (
     Closed,
     CommandFailed,
     NoSpace,
+    NotFound,
     NotPermitted,
     SourceChanged,
     SourceFailed,
@@ -128,6 +130,9 @@ class Stream:
         self._orphans: list[Generation] = []  # evicted or removed, but still read
         self._opening = trio.Lock()
         self._opens: set[trio.CancelScope] = set()  # of those who wait in `open`
+        self._ended: StreamfsError | None = None
+        """Why it cannot be opened any more: the stream was removed, or the daemon ends."""
+        self._unread = trio.Event()  # set when the last handle is closed, or an open has ended
         self._persisting: trio.CancelScope | None = None
         self._last_number = entry.facts_generation
 
@@ -153,8 +158,9 @@ class Stream:
                     handle = Handle(self, await self._current())
             finally:
                 self._opens.discard(scope)
+                self._unread.set()
         if scope.cancelled_caught:
-            raise Closed("streamfs is shutting down")
+            raise again(self._ended or Closed("streamfs is shutting down"))
         generation = handle.generation
         if self.entry.spec.options.size_policy == "wait" and generation.buffer.size is None:
             try:
@@ -166,15 +172,19 @@ class Stream:
 
     async def _current(self) -> Generation:
         try:
-            generation = self.generation or await self._revive()
-            if generation is not None and await self._is_current(generation):
-                if generation.buffer.failure is not None and self.is_url:
-                    generation.buffer.retry()
-            else:
-                generation = await self._renew()
+            while True:
+                generation = self.generation or await self._revive()
+                if generation is None or not await self._is_current(generation):
+                    generation = await self._renew()
+                if self._ended is not None:
+                    raise again(self._ended)  # `aclose` follows and takes care of what is here
+                if generation is self.generation:
+                    break  # it was not evicted while the source was asked
         except StreamfsError as error:
             self.error = error
             raise
+        if generation.buffer.failure is not None and self.is_url:
+            generation.buffer.retry()
         self.error = None
         return generation
 
@@ -199,9 +209,10 @@ class Stream:
                 if not generation.buffer.buffered:
                     raise
                 log.info("stream %d: the source cannot be asked (%s); cached bytes serve", self.entry.id, error)
+        # A source that does not answer is not asked by each of those who wait in line, either.
+        generation.validated = time.monotonic()
         if facts is None:
             return True
-        generation.validated = time.monotonic()
         if facts.validator == generation.facts.validator:
             return True
         self.changed(generation, SourceChanged("the source has a new version; open the file again"))
@@ -287,7 +298,10 @@ class Stream:
 
     def remove(self) -> None:
         """The stream was removed from the catalogue: its cached bytes go, open handles keep what they have."""
+        self._ended = NotFound(f"{self.entry.name!r} was removed")
         self._stop_persisting()
+        for scope in self._opens:
+            scope.cancel()
         self.context.cache.forget_dormant(self.entry.id)
         self._part_with_current()
 
@@ -305,6 +319,13 @@ class Stream:
         if generation in self._orphans:
             self._orphans.remove(generation)
             self.let_go(generation)
+        self._unread.set()
+
+    async def unread(self) -> None:
+        """Wait until nobody has the stream open or waits for that; for one that was removed."""
+        while self.readers or self._opens:
+            self._unread = trio.Event()
+            await self._unread.wait()
 
     async def verify(self) -> tuple[int, list[tuple[int, int]]]:
         """Read every block on disk and drop those that are damaged; (blocks looked at, ranges that were damaged)."""
@@ -363,6 +384,7 @@ class Stream:
                 await generation.fetch_all()
                 await self.context.cache.settle(generation)
                 generation.settled = True
+                generation.keep_digest()
             self.error = None
             return True
         finally:
@@ -444,6 +466,7 @@ class Stream:
 
     def interrupt(self, error: StreamfsError) -> None:
         """The daemon is about to end: every read fails, every fetch stops."""
+        self._ended = self._ended or error
         self._stop_persisting()
         for scope in self._opens:
             scope.cancel()
@@ -463,4 +486,5 @@ class Stream:
 
     def _is_worth_keeping(self) -> bool:
         generation = self.generation
-        return generation is not None and (generation.settled or generation.facts.ranged)
+        removed = isinstance(self._ended, NotFound)
+        return generation is not None and not removed and (generation.settled or generation.facts.ranged)
