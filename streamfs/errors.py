@@ -125,6 +125,12 @@ class IsDirectory(StreamfsError):
     errno: ClassVar[int] = _errno.EISDIR
 
 
+class NotEmpty(StreamfsError):
+    """A folder that still holds names cannot go (ENOTEMPTY)."""
+
+    errno: ClassVar[int] = _errno.ENOTEMPTY
+
+
 class NoAttribute(StreamfsError):
     """No extended attribute of that name (ENODATA)."""
 

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,7 +36,7 @@ from streamfs.generation import Context
 from streamfs.sources.base import Facts, Source
 from streamfs.spec import NAME_PART_BYTES, StreamSpec, UrlSource, check_name
 from streamfs.stream import Handle, Stream
-from streamfs.tree import ROOT, File, Folder, Node, Tree
+from streamfs.tree import File, Folder, Node, Tree, is_bare
 
 log = logging.getLogger(__name__)
 
@@ -118,17 +118,17 @@ class FileSystem:
         entries = self._catalog.all()
         for entry in entries:
             self._entries[entry.id] = entry
-            self._tree.add(entry)
+            self._tree.add(entry, when=entry.added)
         self._cache.scan(self._entries)
         for entry in entries:
             if entry.persist:
                 self._stream(entry.id).set_entry(entry)
             if entry.spec.options.eager:
-                self._nursery.start_soon(self._start_eagerly, self._stream(entry.id))
+                self._in_background(self._start_eagerly, self._stream(entry.id))
         unprobed = [e for e in entries if e.probed is None and _wants_probe(e.spec)]
         if len(unprobed) <= PROBES_AT_START:
             for entry in unprobed:
-                self._nursery.start_soon(self._probe, self._stream(entry.id))
+                self._in_background(self._probe, self._stream(entry.id))
 
     # Looking
 
@@ -153,10 +153,9 @@ class FileSystem:
         """Raises NotFound."""
         return self._attributes(self._tree.node(inode))
 
-    def listing(self, inode: int) -> list[tuple[bytes, Attributes]]:
-        """Names and attributes in a folder, without "." and "..". Raises NotFound, NotDirectory."""
-        folder = self._folder(inode)
-        return [(name, self._attributes(node)) for name, node in folder.children.items()]
+    def names(self, inode: int) -> list[bytes]:
+        """The names in a folder now, without "." and "..". Raises NotFound, NotDirectory."""
+        return list(self._folder(inode).children)
 
     def usage(self) -> Usage:
         try:
@@ -167,8 +166,8 @@ class FileSystem:
 
     def _attributes(self, node: Node) -> Attributes:
         if isinstance(node, Folder):
-            folders = sum(isinstance(child, Folder) for child in node.children.values()) if node.inode == ROOT else 0
-            return Attributes(node.inode, True, 4096, 2 + folders, self._started, self._started, 0.0)
+            modified = node.modified or self._started
+            return Attributes(node.inode, True, 4096, 2 + node.folders, modified, modified, 0.0)
         entry = self._entries.get(node.stream_id)
         stream = self._streams.get(node.stream_id) or self._removed.get(node.stream_id)
         if node.generation is not None:
@@ -270,7 +269,7 @@ class FileSystem:
             return True
         if when_ready is not None:
             if number not in self._polls:
-                self._nursery.start_soon(self._poll, number, handle)
+                self._in_background(self._poll, number, handle)
             self._polls[number] = when_ready
         return False
 
@@ -293,13 +292,9 @@ class FileSystem:
         opened = self._handles.pop(number, None)
         if opened is None:
             return
-        handle, file = opened
+        handle, _ = opened
         self._polls.pop(number, None)
         handle.close()
-        removed = self._removed.get(file.stream_id)
-        if removed is not None and not removed.readers:
-            del self._removed[file.stream_id]
-            self._nursery.start_soon(removed.aclose)
 
     # Extended attributes
 
@@ -320,24 +315,23 @@ class FileSystem:
         stream = self._stream_of(inode)
         if name not in xattrs.PERSIST:
             raise NotPermitted(f"{name} cannot be set")
-        await self.persist(stream.entry.name, xattrs.parse_persist(value))
+        await self._persist(stream.entry.id, xattrs.parse_persist(value))
 
     # Changes, by the mount's owner or through the control socket
 
     async def add(self, specs: Iterable[StreamSpec], *, replace: bool = False, probe: bool = True) -> list[Entry]:
         """Register streams, all or none; they show at once. Raises as Catalog.add_many."""
-        before = {e.name: e for e in self._entries.values()} if replace else {}
         entries = await self._change(self._catalog.add_many, list(specs), replace)
         for entry in entries:
-            old = before.get(entry.name)
-            if old is not None and old.id != entry.id:
-                self._drop(old)
+            old = self._find(entry.name)
+            if isinstance(old, File) and old.stream_id != entry.id:
+                self._drop(self._entries[old.stream_id], keep_folders=True)  # its folder gets the other one
             self._entries[entry.id] = entry
             self._tree.add(entry)
             if probe and entry.probed is None and _wants_probe(entry.spec):
-                self._nursery.start_soon(self._probe, self._stream(entry.id))
+                self._in_background(self._probe, self._stream(entry.id))
             if entry.spec.options.eager:
-                self._nursery.start_soon(self._start_eagerly, self._stream(entry.id))
+                self._in_background(self._start_eagerly, self._stream(entry.id))
         return entries
 
     async def remove(self, names: Iterable[str]) -> None:
@@ -350,19 +344,31 @@ class FileSystem:
         folder = self._folder(parent)
         if isinstance(self._tree.child(folder, name), Folder):
             raise IsDirectory("a folder")
-        await self.remove([self._tree.path_of(folder, name)])
+        for entry in await self._change(self._catalog.remove, [self._tree.path_of(folder, name)]):
+            self._drop(entry, keep_folders=True)
 
-    async def rename(self, old: str, new: str, *, replace: bool = False) -> None:
-        """Rename a stream or a folder of streams. Raises as Catalog.rename."""
+    def remove_folder(self, parent: int, name: bytes) -> None:
+        """`rmdir` in the mount, for a folder that was emptied there. Raises NotFound, NotDirectory, NotEmpty."""
+        node = self._tree.child(self._folder(parent), name)
+        if not isinstance(node, Folder):
+            raise NotDirectory("not a folder")
+        self._tree.remove_folder(node)
+
+    async def rename(self, old: str, new: str, *, replace: bool = False, keep_folders: bool = False) -> None:
+        """Rename a stream or a folder of streams. `keep_folders`: one that this empties stays. Raises as
+        Catalog.rename."""
         check_name(new)
-        there = self._find(new) if replace else None
-        gone = self._entries[there.stream_id] if isinstance(there, File) else None
         moved = await self._change(self._catalog.rename, old, new, replace)
-        if gone is not None and moved and all(entry.id != gone.id for entry in moved):
-            self._drop(gone)
+        there = self._find(new)
+        if isinstance(there, File) and moved and all(entry.id != there.stream_id for entry in moved):
+            self._drop(self._entries[there.stream_id], keep_folders=True)  # its folder gets the other one
+        folder = self._find(old)
+        if isinstance(folder, Folder):
+            self._tree.move(folder, new, keep_folders=keep_folders)
         for entry in moved:
             self._replace_entry(entry)
-            self._tree.add(entry)
+            if not isinstance(folder, Folder):
+                self._tree.add(entry, keep_folders=keep_folders)
 
     async def move(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, replace: bool) -> None:
         """`mv` in the mount, as rename(2). Raises NotFound, AlreadyExists, IsDirectory, NotDirectory, NameTooLong."""
@@ -376,12 +382,18 @@ class FileSystem:
             raise IsDirectory("the name is a folder's")
         if isinstance(there, File) and isinstance(node, Folder):
             raise NotDirectory("the name is a file's")
-        await self.rename(self._tree.path_of(source, name), self._tree.path_of(target, new_name), replace=replace)
+        old, new = self._tree.path_of(source, name), self._tree.path_of(target, new_name)
+        if isinstance(node, Folder) and is_bare(node) and (not isinstance(there, Folder) or is_bare(there)):
+            self._tree.move(node, check_name(new), keep_folders=True)  # the catalogue knows nothing of it
+        else:
+            await self.rename(old, new, replace=replace, keep_folders=True)
 
     async def persist(self, name: str, on: bool) -> None:
         """Start or stop keeping the whole resource. Raises NotFound."""
-        entry = self.named(name)
-        self._replace_entry(await self._change(self._catalog.set_persist, entry.id, on))
+        await self._persist(self.named(name).id, on)
+
+    async def _persist(self, stream_id: int, on: bool) -> None:
+        self._replace_entry(await self._change(self._catalog.set_persist, stream_id, on))
 
     def evict(self, name: str) -> None:
         """Drop the stream's cached bytes. Raises NotFound, NotPermitted where it is persisted."""
@@ -487,20 +499,24 @@ class FileSystem:
             }
         return shown
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: Entry, *, keep_folders: bool = False) -> None:
         """The catalogue has forgotten the entry: so do we, but for those who have it open."""
         self._entries.pop(entry.id, None)
-        self._tree.remove(entry.id)
+        self._tree.remove(entry.id, keep_folders=keep_folders)
         self._let_go_eager(entry.id)
         stream = self._streams.pop(entry.id, None)
         if stream is None:
             self._cache.forget_dormant(entry.id)
             return
         stream.remove()
-        if stream.readers:
-            self._removed[entry.id] = stream
-        else:
-            self._nursery.start_soon(stream.aclose)
+        self._removed[entry.id] = stream
+        self._in_background(self._see_off, stream)
+
+    async def _see_off(self, stream: Stream) -> None:
+        """Give back what a removed stream holds once nobody has it open."""
+        await stream.unread()
+        self._removed.pop(stream.entry.id, None)
+        await stream.aclose()
 
     def _replace_entry(self, entry: Entry) -> None:
         if entry.id not in self._entries:
@@ -521,9 +537,20 @@ class FileSystem:
 
     # In the background
 
+    def _in_background(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run `work` on its own. A defect in it is logged, and ends nothing else."""
+
+        async def guarded() -> None:
+            try:
+                await work(*arguments)
+            except Exception:
+                log.exception("%s failed in an unforeseen way", work.__name__)
+
+        self._nursery.start_soon(guarded)
+
     def _remember(self, stream_id: int, facts: Facts) -> None:
         if not self._closing:
-            self._nursery.start_soon(self._keep_facts, stream_id, facts)
+            self._in_background(self._keep_facts, stream_id, facts)
 
     async def _keep_facts(self, stream_id: int, facts: Facts) -> None:
         try:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from typing import TypeAlias
 
 from streamfs.catalog import Entry
-from streamfs.errors import NotFound
+from streamfs.errors import NotEmpty, NotFound
 from streamfs.generation import Generation
 
 ROOT = 1
@@ -21,13 +22,21 @@ _FIRST_FOLDER = 1 << 56  # above every successor
 
 
 class Folder:
-    __slots__ = ("children", "inode", "name", "parent")
+    """A folder, which goes with the last stream in it; but one that was emptied within the mount stays until it is
+    removed there, or a stream takes its name (otherwise `rm -r` would fail at a folder that is gone by itself).
+
+    `modified`: when a name in it last came or went, in seconds since the epoch. `folders`: how many of `children` are.
+    """
+
+    __slots__ = ("children", "folders", "inode", "modified", "name", "parent")
 
     def __init__(self, inode: int, parent: Folder | None, name: bytes) -> None:
         self.inode = inode
         self.parent = parent
         self.name = name
-        self.children: dict[bytes, Node] = {}  # INVARIANT: not empty, but for the root
+        self.children: dict[bytes, Node] = {}
+        self.folders = 0
+        self.modified = 0.0
 
 
 class File:
@@ -89,50 +98,87 @@ class Tree:
             at = at.parent
         return os.fsdecode(b"/".join(reversed(parts)))
 
-    def add(self, entry: Entry) -> None:
-        """Show a stream under its name."""
-        *folders, last = os.fsencode(entry.name).split(b"/")
-        at = self.root
-        for part in folders:
-            child = at.children.get(part)
-            if not isinstance(child, Folder):
-                child = Folder(next(self._folders), at, part)
-                at.children[part] = child
-                self._nodes[child.inode] = child
-            at = child
+    def add(self, entry: Entry, *, when: float | None = None, keep_folders: bool = False) -> None:
+        """Show a stream under its name, since `when` (None: now). `keep_folders`: the folder that it leaves stays."""
+        when = time.time() if when is None else when
+        at, last = self._place(entry.name, when)
         file = self._files.get(entry.id)
         if file is None:
             file = self._files[entry.id] = File(entry.id, entry.id)
             self._nodes[file.inode] = file
         was, name = file.folder, file.name
-        self._link(file, at, last)
+        self._put(at, last, file, when)
+        file.folder, file.name = at, last
         if was is not None and (was, name) != (at, last):
-            self._clear(was, name)  # after the new name is there, so that a folder they share stays
+            self._clear(was, name, keep_folders)  # after the new name is there, so that a folder they share stays
 
-    def remove(self, stream_id: int) -> None:
-        """Take a stream's name away; folders that this leaves empty go too."""
+    def move(self, folder: Folder, path: str, *, keep_folders: bool = False) -> None:
+        """Give a folder, with all that is in it, the name `path`, where no stream is."""
+        now = time.time()
+        at, last = self._place(path, now)
+        was, name = folder.parent, folder.name
+        assert was is not None, "the root has no name"
+        if (was, name) != (at, last):
+            self._put(at, last, folder, now)
+            folder.parent, folder.name = at, last
+            self._clear(was, name, keep_folders)
+
+    def remove(self, stream_id: int, *, keep_folders: bool = False) -> None:
+        """Take a stream's name away; folders that this leaves empty go too, unless `keep_folders`."""
         file = self._files.pop(stream_id, None)
-        if file is not None:
-            self._unlink(file)
-            self._drop_if_forgotten(file)
-
-    def _link(self, file: File, folder: Folder, name: bytes) -> None:
-        folder.children[name] = file
-        file.folder, file.name = folder, name
-
-    def _unlink(self, file: File) -> None:
+        if file is None:
+            return
         at, file.folder = file.folder, None
         assert at is not None
         if at.children.get(file.name) is file:  # another may have taken its name
-            self._clear(at, file.name)
+            self._clear(at, file.name, keep_folders)
+        self._drop_if_forgotten(file)
 
-    def _clear(self, at: Folder, name: bytes) -> None:
-        """Take a name out of a folder, and folders that this leaves empty out of theirs."""
-        del at.children[name]
-        while not at.children and at.parent is not None:
+    def remove_folder(self, folder: Folder) -> None:
+        """Raises NotEmpty."""
+        if folder.children or folder.parent is None:
+            raise NotEmpty("the folder is not empty")
+        self._clear(folder.parent, folder.name, keep_folders=True)
+        del self._nodes[folder.inode]
+
+    def _place(self, path: str, when: float) -> tuple[Folder, bytes]:
+        """The folder of a name, made where it is missing, and the last part."""
+        *folders, last = os.fsencode(path).split(b"/")
+        at = self.root
+        for part in folders:
+            child = at.children.get(part)
+            if not isinstance(child, Folder):
+                child = Folder(next(self._folders), at, part)
+                self._put(at, part, child, when)
+                self._nodes[child.inode] = child
+            at = child
+        return at, last
+
+    def _put(self, at: Folder, name: bytes, node: Node, when: float) -> None:
+        old = at.children.get(name)
+        if isinstance(old, Folder) and old is not node:
+            self._forget_folder(old)  # without streams, or the name could not be given
+        at.folders += isinstance(node, Folder) - isinstance(old, Folder)
+        at.children[name] = node
+        at.modified = max(at.modified, when)
+
+    def _clear(self, at: Folder, name: bytes, keep_folders: bool) -> None:
+        """Take a name out of a folder and, without `keep_folders`, folders that have no stream left out of theirs."""
+        at.folders -= isinstance(at.children.pop(name), Folder)
+        at.modified = time.time()
+        while not keep_folders and at.parent is not None and is_bare(at):
+            self._forget_folder(at)
             del at.parent.children[at.name]
-            self._nodes.pop(at.inode, None)
             at = at.parent
+            at.folders -= 1
+            at.modified = time.time()
+
+    def _forget_folder(self, folder: Folder) -> None:
+        """Give up the inodes of a folder without streams, and of those in it."""
+        self._nodes.pop(folder.inode, None)
+        for child in folder.children.values():
+            if isinstance(child, Folder):
+                self._forget_folder(child)
 
     def succeed(self, old: File) -> File:
         """The inode that follows `old`, whose stream has another version now: the one that did already, or a new one,
@@ -144,7 +190,8 @@ class Tree:
             assert old.folder is not None
             current = self._files[old.stream_id] = File(next(self._successors), old.stream_id)
             self._nodes[current.inode] = current
-            self._link(current, old.folder, old.name)
+            current.folder, current.name = old.folder, old.name
+            current.folder.children[current.name] = current
             old.folder = None
             self._drop_if_forgotten(old)
         return current
@@ -164,3 +211,8 @@ class Tree:
     def _drop_if_forgotten(self, file: File) -> None:
         if file.folder is None and file.lookups <= 0:
             self._nodes.pop(file.inode, None)
+
+
+def is_bare(folder: Folder) -> bool:
+    """Whether no stream is in the folder, nor in those within it. Ends at the first one it meets."""
+    return all(isinstance(child, Folder) and is_bare(child) for child in folder.children.values())
