@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyfuse3
 from pyfuse3 import FileHandleT, FileNameT, InodeT, RequestContext, XAttrNameT
 
-from streamfs.errors import StreamfsError
+from streamfs.errors import NotFound, StreamfsError
 from streamfs.filesystem import Attributes, FileSystem
 from streamfs.interrupts import Interrupts
 
@@ -47,6 +47,11 @@ class _OpenFile(NamedTuple):
     nonblocking: bool  # opened with O_NONBLOCK: reads give what is there, or EAGAIN
 
 
+class _Listing(NamedTuple):
+    inode: int
+    names: list[bytes]  # as they were when the listing was begun, so that its offsets stay good
+
+
 def _notify(handle: pyfuse3.PollHandle) -> None:
     try:
         handle.notify()
@@ -64,7 +69,7 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self._fs = filesystem
         self._interrupts = interrupts
-        self._listings: dict[int, list[tuple[bytes, Attributes]]] = {}
+        self._listings: dict[int, _Listing] = {}
         self._files: dict[int, _OpenFile] = {}
         self._next_listing = 1
         self._uid, self._gid = os.getuid(), os.getgid()
@@ -90,14 +95,20 @@ class Operations(pyfuse3.Operations):
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         number = self._next_listing
         self._next_listing += 1
-        self._listings[number] = self._fs.listing(inode)
+        self._listings[number] = _Listing(inode, self._fs.names(inode))
         return FileHandleT(number)
 
     @_guarded
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listings[fh]
-        for index in range(start_id, len(listing)):
-            name, found = listing[index]
+        if start_id == 0:  # also for rewinddir(3), which shows what is there by then
+            listing = self._listings[fh] = listing._replace(names=self._fs.names(listing.inode))
+        for index in range(start_id, len(listing.names)):
+            name = listing.names[index]
+            try:
+                found = self._fs.lookup(listing.inode, name)
+            except NotFound:
+                continue  # gone since; an error here would end the listing, and unseen: glibc takes ENOENT for the end
             if not pyfuse3.readdir_reply(token, FileNameT(name), self._entry(found), index + 1):
                 return
             self._fs.looked_up(found.inode)
@@ -136,7 +147,7 @@ class Operations(pyfuse3.Operations):
         with self._interrupts.watch(ctx.pid):
             opened = await self._fs.open(inode)
         eager = opened.direct and bool(flags & os.O_NONBLOCK)
-        self._files[opened.handle] = _OpenFile(ctx.pid, opened.direct, eager)
+        self._files[opened.handle] = _OpenFile(self._interrupts.process_of(ctx.pid), opened.direct, eager)
         # Pages may stay in the kernel's cache from open to open: an inode's bytes never change.
         return pyfuse3.FileInfo(fh=FileHandleT(opened.handle), direct_io=opened.direct, keep_cache=not opened.direct)
 
@@ -146,7 +157,7 @@ class Operations(pyfuse3.Operations):
         if found is not None:
             return found
         file = self._files[fh]
-        with self._interrupts.watch(file.opener):
+        with self._interrupts.watch(file.opener, ahead=not file.direct):
             if not file.nonblocking:
                 return await self._fs.read(fh, off, size, partial=file.direct)
             found = await self._fs.read_available(fh, off, size)
@@ -242,8 +253,8 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        self._fs.lookup(parent_inode, name)
-        raise pyfuse3.FUSEError(errno.ENOTEMPTY)  # an empty folder does not exist
+        self._check_owner(ctx)
+        self._fs.remove_folder(parent_inode, name)
 
     @_guarded
     async def symlink(

@@ -3,7 +3,8 @@ survive even SIGKILL. What can be seen is in /proc: a signal that would end the 
 
 One task looks at all waiting processes together, so a thousand waits cost one look each, not a task each. The
 process that opened a file is taken for the one that reads; where another does the reading (a file passed on), it is
-not seen.
+not seen. A process cannot be gone while it waits here, so where the opener is gone, somebody else waits, and goes on
+waiting; but the kernel's own read-ahead, which it may have left behind, does not.
 """
 
 from __future__ import annotations
@@ -29,23 +30,35 @@ class Interrupts:
     """Watches processes that wait in a handler; `run` must be running."""
 
     def __init__(self) -> None:
-        self._waits: defaultdict[int, set[trio.CancelScope]] = defaultdict(set)
+        self._waits: defaultdict[int, dict[trio.CancelScope, bool]] = defaultdict(dict)  # with `ahead` of each
         self._some = trio.Event()
 
+    @staticmethod
+    def process_of(thread: int) -> int:
+        """The process of a thread that lives now: threads end before the files they opened. 0 for 0."""
+        try:
+            status = Path(f"/proc/{thread}/status").read_bytes() if thread else b""
+        except OSError as error:
+            log.debug("cannot look at thread %d: %s", thread, error)
+            return thread
+        return next((int(line[5:]) for line in status.splitlines() if line.startswith(b"Tgid:")), thread)
+
     @contextmanager
-    def watch(self, pid: int) -> Iterator[None]:
-        """Raises Interrupted out of the block once process `pid` (or a thread's id) was told to end. 0: no watch."""
+    def watch(self, pid: int, *, ahead: bool = False) -> Iterator[None]:
+        """Raises Interrupted out of the block once process `pid` (or a thread's id) was told to end. 0: no watch.
+        `ahead`: it may be the kernel that waits, reading ahead: then also once a process that is there now is gone."""
+        ahead = ahead and Path(f"/proc/{pid}").exists()
         if not pid:
             yield
             return
         with trio.CancelScope() as scope:
-            self._waits[pid].add(scope)
+            self._waits[pid][scope] = ahead
             self._some.set()
             try:
                 yield
             finally:
                 waits = self._waits[pid]
-                waits.discard(scope)
+                waits.pop(scope, None)
                 if not waits:
                     del self._waits[pid]
         if scope.cancelled_caught:
@@ -60,23 +73,23 @@ class Interrupts:
             await trio.sleep(LOOK_EVERY)
             for pid in list(self._waits):
                 await trio.lowlevel.checkpoint()  # some 50 microseconds each: with thousands, others come first
+                ended = gone = False
                 try:
                     ended = _is_being_killed(pid)
+                except FileNotFoundError:
+                    gone = True
                 except OSError as error:
                     log.debug("cannot look at process %d: %s", pid, error)
                     continue
-                if ended:
-                    for scope in list(self._waits.get(pid, ())):
+                for scope, ahead in list(self._waits.get(pid, {}).items()):
+                    if ahead if gone else ended:
                         scope.cancel()
 
 
 def _is_being_killed(pid: int) -> bool:
-    """Whether a fatal signal waits for the process, or it is gone. Reading /proc never blocks. Raises OSError."""
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-    except FileNotFoundError:
-        return True
-    for task in tasks:
+    """Whether a fatal signal waits for the process. Reading /proc never blocks. Raises OSError, FileNotFoundError
+    where it is gone."""
+    for task in list(Path(f"/proc/{pid}/task").iterdir()):
         try:
             status = (task / "status").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
