@@ -1,6 +1,8 @@
 """What the tests of POSIX behaviour and of safety share: a mount in a folder that everybody may enter, streams
 registered without the cost of a command line, errno as a plain assertion, and programs run as another user."""
 
+# ruff: noqa: PTH118 (system calls as they are)
+
 from __future__ import annotations
 
 import contextlib
@@ -86,9 +88,7 @@ class Posix:
         """Every stream that the mount shows, by walking it."""
         root = os.fsencode(self.mountpoint)
         return {
-            os.path.relpath(os.path.join(folder, name), root)  # noqa: PTH118 (bytes: names need not be text)
-            for folder, _, files in os.walk(root)
-            for name in files
+            os.path.relpath(os.path.join(folder, name), root) for folder, _, files in os.walk(root) for name in files
         }
 
 
@@ -145,7 +145,7 @@ class Directory:
     """An open directory with the cookies of telldir(3), which Python does not show."""
 
     class _Dirent(ctypes.Structure):
-        _fields_ = [  # noqa: RUF012
+        _fields_ = [
             ("d_ino", ctypes.c_uint64),
             ("d_off", ctypes.c_int64),
             ("d_reclen", ctypes.c_uint16),

@@ -1,5 +1,7 @@
 """The mount is a well-behaved read-only file system: names, attributes, errors, seeking, listings."""
 
+# ruff: noqa: PTH101, PTH102, PTH104, PTH106, PTH108, PTH116, PTH208, PTH211 (system calls as they are)
+
 from __future__ import annotations
 
 import contextlib
@@ -528,21 +530,10 @@ def test_the_kernel_copies_out_of_the_mount(known: bool, posix: Posix, folder: s
     name = f"{folder}/file"
     path = posix.file(name, DATA) if known else posix.command(name, "cat", posix.original(DATA))
 
-    with opened(path) as source, open(tmp_path / "sent", "wb") as target:
-        while os.sendfile(target.fileno(), source, None, 1 << 20):
-            pass
-    assert (tmp_path / "sent").read_bytes() == DATA
-
-    with opened(path) as source:
-        out, into = os.pipe()
-        received = bytearray()
-        try:
-            while os.splice(source, into, 65536):
-                received += os.read(out, 1 << 20)
-        finally:
-            os.close(out)
-            os.close(into)
-    assert received == DATA
+    # Linux since 6.5 takes a size of 0 at its word where it splices, as it does for files in /proc.
+    expected = {DATA} if known else {DATA, b""}
+    assert sent(path, tmp_path / "sent") in expected
+    assert spliced(path) in expected
 
     with opened(path) as source, open(tmp_path / "copied", "wb") as target:
         try:
@@ -554,6 +545,28 @@ def test_the_kernel_copies_out_of_the_mount(known: bool, posix: Posix, folder: s
             assert (tmp_path / "copied").read_bytes() == DATA
     checked(["cp", path, tmp_path / "cp"])
     assert (tmp_path / "cp").read_bytes() == DATA
+    # By now the length is known in any case.
+    assert sent(path, tmp_path / "sent") == spliced(path) == DATA
+
+
+def sent(path: Path, target: Path) -> bytes:
+    with opened(path) as source, open(target, "wb") as file:
+        while os.sendfile(file.fileno(), source, None, 1 << 20):
+            pass
+    return target.read_bytes()
+
+
+def spliced(path: Path) -> bytes:
+    received = bytearray()
+    out, into = os.pipe()
+    try:
+        with opened(path) as source:
+            while os.splice(source, into, 65536):
+                received += os.read(out, 1 << 20)
+    finally:
+        os.close(out)
+        os.close(into)
+    return bytes(received)
 
 
 def test_nothing_is_copied_into_the_mount(posix: Posix, folder: str) -> None:
@@ -581,24 +594,20 @@ def test_a_duplicate_shares_the_offset_and_another_open_does_not(posix: Posix, f
 
 def test_a_descriptor_outlives_who_opened_it(posix: Posix, folder: str) -> None:
     """A thread that opened the file and ended, or a process that passed it on, must not end a wait of another."""
-    slow = ("sh", "-c", "echo one; sleep 1.2; echo two")
-    path = posix.command(f"{folder}/thread", *slow)
-    opener = threading.Thread(target=lambda: fds.append(os.open(path, os.O_RDONLY)))
-    fds: list[int] = []
-    opener.start()
-    opener.join()
-    try:
-        assert whole(fds[0]) == b"one\ntwo\n"
-    finally:
-        os.close(fds[0])
-    path = posix.command(f"{folder}/process", *slow)
-    parent = (
-        "import os, sys\n"
-        "fd = os.open(sys.argv[1], os.O_RDONLY)\n"
-        "if os.fork(): os._exit(0)\n"
-        "while piece := os.read(fd, 100): os.write(1, piece)\n"
+    # read(2) itself: Python's own would hide an EINTR.
+    program = (
+        "import ctypes, os, sys, threading\n"
+        "libc, buffer, fds = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(100), []\n"
+        "opener = threading.Thread(target=lambda: fds.append(os.open(sys.argv[1], os.O_RDONLY)))\n"
+        "opener.start(); opener.join()\n"
+        "if sys.argv[2] == 'process' and os.fork(): os._exit(0)\n"
+        "while count := libc.read(fds[0], buffer, 100):\n"
+        "    if count < 0: sys.exit(os.strerror(ctypes.get_errno()))\n"
+        "    os.write(1, buffer.raw[:count])\n"
     )
-    assert checked([sys.executable, "-c", parent, path]) == b"one\ntwo\n"
+    for passed_to in ("thread", "process"):
+        path = posix.command(f"{folder}/{passed_to}", "sh", "-c", "echo one; sleep 1; echo two")
+        assert checked([sys.executable, "-c", program, path, passed_to]) == b"one\ntwo\n"
 
 
 def test_locks_do_not_hang(posix: Posix, folder: str) -> None:
@@ -717,7 +726,7 @@ def test_listings_are_whole_while_names_come_and_go(posix: Posix, folder: str) -
     changing = threading.Thread(target=churn)
     changing.start()
     try:
-        for _ in range(150):
+        for _ in range(30):
             found = os.listdir(top)
             assert len(found) == len(set(found))
             assert {name for name in found if name.startswith("stable")} == set(stable)
