@@ -129,6 +129,7 @@ def _detach(home: Home) -> None:
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
     os.close(nothing)
+    os.umask(0o077)  # before the first file of ours
     handler = logging.handlers.RotatingFileHandler(_log_path(home), maxBytes=LOG_BYTES, backupCount=1)
     _log_to(handler)
 
@@ -163,7 +164,10 @@ def _run(home: Home, lock: HomeLock, mountpoint: Path, options: MountOptions, re
 async def _filesystem(home: Home, options: MountOptions) -> AsyncIterator[FileSystem]:
     """A loaded file system, its cache running, all of it closed in the end. The home's lock must be held."""
     directory = Path(options.cache_dir) if options.cache_dir is not None else home.cache
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"cannot use the cache directory {directory}: {error.strerror}") from error
     if directory != home.cache:
         _check_private(directory)
     with Catalog(home.catalog_path) as catalog:

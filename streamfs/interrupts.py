@@ -1,5 +1,5 @@
 """Readers that were told to stop. pyfuse3 shows no FUSE INTERRUPT, so a process that waits in a read of ours would
-survive even SIGKILL. What can be seen is in /proc: a signal that would end the process stays pending while it waits.
+survive even SIGKILL. What can be seen is in /proc: a signal that asks it to end stays pending while it waits.
 
 One task looks at all waiting processes together, so a thousand waits cost one look each, not a task each. The
 process that opened a file is taken for the one that reads; where another does the reading (a file passed on), it is
@@ -10,6 +10,8 @@ waiting; but the kernel's own read-ahead, which it may have left behind, does no
 from __future__ import annotations
 
 import logging
+import re
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +25,13 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.25
 """Seconds between looks: a reader is gone well within the second that is promised."""
-_SIGKILL = 1 << 8  # bit of signal 9 in /proc's masks; the kernel also sets it for any signal that is fatal
+_TOLD_TO_END = sum(
+    1 << (number - 1) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGTERM)
+)
+"""Bits of the signals in /proc's masks. The kernel sets SIGKILL's for any signal that is fatal; the others stay pending
+where the program has a handler (dd, Python), which runs only once its read has ended. Other signals are left to wait:
+a program that handles SIGALRM or SIGCHLD does not expect a read of a file to fail with EINTR."""
+_MASK = re.compile(rb"^(SigPnd|ShdPnd|SigBlk):\s*([0-9a-f]+)$", re.MULTILINE)
 
 
 class Interrupts:
@@ -94,7 +102,8 @@ def _is_being_killed(pid: int) -> bool:
             status = (task / "status").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue  # this thread has ended
-        for line in status.splitlines():
-            if line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line.split()[1], 16) & _SIGKILL:
-                return True
+        masks = {name: int(value, 16) for name, value in _MASK.findall(status)}
+        pending = masks.get(b"SigPnd", 0) | masks.get(b"ShdPnd", 0)
+        if pending & ~masks.get(b"SigBlk", 0) & _TOLD_TO_END:
+            return True
     return False
