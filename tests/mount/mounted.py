@@ -49,6 +49,10 @@ def is_mounted(path: Path) -> bool:
     return any(line.split(" ")[4] == str(path) for line in Path("/proc/self/mountinfo").read_text().splitlines())
 
 
+def names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
 def processes_with(text: str) -> list[int]:
     """Pids of the processes whose command line or environment holds `text`."""
     found = []
@@ -81,15 +85,15 @@ class Mounted:
 
     # The command line
 
-    def run(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """`streamfs ARGUMENTS`. With `check`, any failure fails the test."""
+    def run(self, *arguments: str | Path, check: bool = True, within: float = WAIT) -> subprocess.CompletedProcess[str]:
+        """`streamfs ARGUMENTS`, which must end within so many seconds. With `check`, any failure fails the test."""
         done = subprocess.run(
             [*CLI, *map(str, arguments)],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=WAIT,
+            timeout=within,
             check=False,
         )
         assert not check or done.returncode == 0, f"streamfs {' '.join(map(str, arguments))}: {done.stderr}"

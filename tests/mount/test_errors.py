@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.mounted import Mounted, Tap, checked, end_within, wait_for
+from tests.mount.mounted import Mounted, Tap, checked, end_within, names_in, wait_for
 from tests.mount.origin import ScriptedOrigin
 
 MIB = 1 << 20
@@ -188,7 +188,7 @@ def test_a_removed_stream_stays_readable_for_who_has_it_open(how: str, fs: Mount
         else:
             path.unlink()
         assert not path.exists()
-        assert os.listdir(fs.mountpoint) == []
+        assert names_in(fs.mountpoint) == []
         assert fs.run("ls").stdout == ""
         assert os.fstat(file.fileno()).st_nlink == 0
         tap.write(b"after")
@@ -203,14 +203,14 @@ class TestNames:
     def test_changes_on_the_command_line_show_at_once(self, fs: Mounted) -> None:
         fs.add("a/b/one", "--", "echo", "1")
         fs.add("two", "--", "echo", "2")
-        assert sorted(os.listdir(fs.mountpoint)) == ["a", "two"]
-        assert os.listdir(fs.mountpoint / "a" / "b") == ["one"]
+        assert names_in(fs.mountpoint) == ["a", "two"]
+        assert names_in(fs.mountpoint / "a" / "b") == ["one"]
         fs.run("mv", "two", "a/three")
-        assert os.listdir(fs.mountpoint) == ["a"]
-        assert sorted(os.listdir(fs.mountpoint / "a")) == ["b", "three"]
+        assert names_in(fs.mountpoint) == ["a"]
+        assert names_in(fs.mountpoint / "a") == ["b", "three"]
         assert (fs.mountpoint / "a" / "three").read_bytes() == b"2\n"
         fs.run("rm", "a/b/one", "a/three")
-        assert os.listdir(fs.mountpoint) == []
+        assert names_in(fs.mountpoint) == []
 
     def test_changes_in_the_mount_show_on_the_command_line_and_last(self, fs: Mounted) -> None:
         for name in ("one", "two", "folder/three"):
@@ -229,10 +229,10 @@ class TestNames:
     def test_a_rename_over_another_stream_replaces_it(self, fs: Mounted) -> None:
         one, two = fs.add("one", "--", "echo", "1"), fs.add("two", "--", "echo", "2")
         with two.open("rb", buffering=0) as old:
-            os.rename(one, two)
+            one.rename(two)
             assert two.read_bytes() == b"1\n"
             assert old.read(2) == b"2\n"
-        assert os.listdir(fs.mountpoint) == ["two"]
+        assert names_in(fs.mountpoint) == ["two"]
         assert "exist" in fs.refused("add", "two", "--", "true")
 
     def test_a_renamed_stream_stays_open_and_keeps_its_bytes(self, fs: Mounted, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ class TestNames:
         for name in names:
             fs.add(name, "--", "echo", "it")
             assert (fs.mountpoint / name).read_bytes() == b"it\n"
-        assert sorted(os.listdir(fs.mountpoint)) == sorted(names)
+        assert names_in(fs.mountpoint) == sorted(names)
 
 
 def test_nothing_in_the_mount_can_be_written(fs: Mounted) -> None:
@@ -259,12 +259,12 @@ def test_nothing_in_the_mount_can_be_written(fs: Mounted) -> None:
         lambda: os.open(path, os.O_RDWR),
         lambda: os.open(path, os.O_RDONLY | os.O_TRUNC),
         lambda: os.truncate(path, 0),
-        lambda: os.chmod(path, 0o600),
+        lambda: path.chmod(0o600),
         lambda: os.utime(path),
         lambda: os.open(fs.mountpoint / "new", os.O_CREAT | os.O_WRONLY),
-        lambda: os.mkdir(fs.mountpoint / "new"),
-        lambda: os.symlink("x", fs.mountpoint / "new"),
-        lambda: os.link(path, fs.mountpoint / "new"),
+        lambda: (fs.mountpoint / "new").mkdir(),
+        lambda: (fs.mountpoint / "new").symlink_to("x"),
+        lambda: (fs.mountpoint / "new").hardlink_to(path),
         lambda: os.mkfifo(fs.mountpoint / "new"),
     ]
     for number, change in enumerate(changes):
@@ -272,7 +272,7 @@ def test_nothing_in_the_mount_can_be_written(fs: Mounted) -> None:
             change()
         assert failure.value.errno in (errno.EACCES, errno.EROFS, errno.EPERM), number
     with pytest.raises(OSError) as failure:
-        os.rmdir(fs.mountpoint / "folder")
+        (fs.mountpoint / "folder").rmdir()
     assert failure.value.errno == errno.ENOTEMPTY
     assert path.read_bytes() == b"fixed\n"
     info = path.stat()

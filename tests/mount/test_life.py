@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -11,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.mounted import CLI, Mounted, Tap, checked, end_within, is_alive, is_mounted, processes_with, wait_for
+from tests.mount.mounted import (
+    CLI,
+    Mounted,
+    Tap,
+    checked,
+    end_within,
+    is_alive,
+    is_mounted,
+    names_in,
+    processes_with,
+    wait_for,
+)
 from tests.mount.origin import ScriptedOrigin
 
 
@@ -19,7 +31,7 @@ def assert_nothing_left(fs: Mounted, pid: int) -> None:
     assert not is_alive(pid)
     assert not is_mounted(fs.mountpoint)
     assert not (fs.home / "run" / "control.sock").exists()
-    assert os.listdir(fs.mountpoint) == []
+    assert names_in(fs.mountpoint) == []
 
 
 @pytest.fixture
@@ -75,10 +87,10 @@ def test_kill_9_ends_the_commands_too_and_the_next_mount_clears_the_dead_one(fs:
     wait_for(lambda: not processes_with(str(tmp_path / "mark")), "the command has ended", 10)
     assert is_mounted(fs.mountpoint)
     with pytest.raises(OSError) as failure:
-        os.listdir(fs.mountpoint)
+        names_in(fs.mountpoint)
     assert failure.value.errno == errno.ENOTCONN
     fs.mount()
-    assert os.listdir(fs.mountpoint) == ["endless"]
+    assert names_in(fs.mountpoint) == ["endless"]
     assert sum(str(fs.mountpoint) in line for line in Path("/proc/self/mountinfo").read_text().splitlines()) == 1
     checked(["head", "-c", "10", path])
 
@@ -131,8 +143,8 @@ def test_two_homes_have_a_daemon_each(fs: Mounted, tmp_path: Path) -> None:
         other.mount()
         other.add("there", "--", "true")
         fs.add("here", "--", "true")
-        assert os.listdir(fs.mountpoint) == ["here"]
-        assert os.listdir(other.mountpoint) == ["there"]
+        assert names_in(fs.mountpoint) == ["here"]
+        assert names_in(other.mountpoint) == ["there"]
     finally:
         other.close()
 
@@ -140,7 +152,8 @@ def test_two_homes_have_a_daemon_each(fs: Mounted, tmp_path: Path) -> None:
 def test_umount_of_a_busy_mount_is_refused_and_lazy_does_it(fs: Mounted) -> None:
     path = fs.add("open", "--", "echo", "it")
     pid = fs.pid
-    with path.open("rb", buffering=0) as file:
+    file = path.open("rb", buffering=0)
+    try:
         assert file.read(1) == b"i"
         told = fs.refused("umount")
         assert "in use" in told
@@ -151,6 +164,9 @@ def test_umount_of_a_busy_mount_is_refused_and_lazy_does_it(fs: Mounted) -> None
         assert not is_mounted(fs.mountpoint)
         with pytest.raises(OSError):
             file.read(1)
+    finally:
+        with contextlib.suppress(OSError):  # the file system is gone, and close says so
+            file.close()
 
 
 def test_umount_from_within_the_mount_is_refused_or_done_but_never_half_done(fs: Mounted) -> None:
@@ -174,7 +190,7 @@ def test_the_catalogue_can_be_changed_without_a_daemon(unmounted: Mounted) -> No
     unmounted.run("rm", "two")
     assert unmounted.run("ls").stdout == "three\n"
     unmounted.mount()
-    assert os.listdir(unmounted.mountpoint) == ["three"]
+    assert names_in(unmounted.mountpoint) == ["three"]
     assert (unmounted.mountpoint / "three").read_bytes() == b"1\n"
 
 

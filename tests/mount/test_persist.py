@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from tests.mount.mounted import Mounted, Tap, checked, wait_for
+from tests.mount.mounted import Mounted, Tap, checked, names_in, wait_for
 from tests.mount.origin import Document, ScriptedOrigin
 
 MIB = 1 << 20
@@ -172,4 +171,4 @@ def test_removing_a_persisted_stream_removes_its_file(fs: Mounted, origin: Scrip
     assert_persisted(fs, "kept", document.bytes())
     path.unlink()
     wait_for(lambda: not fs.data_files, "the data file is gone")
-    assert os.listdir(fs.mountpoint) == []
+    assert names_in(fs.mountpoint) == []

@@ -1,0 +1,159 @@
+"""An ordinary user mounts, reads and unmounts without privilege, and is told where FUSE may not be used.
+
+Root runs this in a mount namespace of its own: the device, the interpreter and the package are shown there with the
+rights that the test is about, and all of it is gone when the last process in it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+USER = "streamfs-test"
+PACKAGE = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"),
+    pytest.mark.xdist_group("ordinary-user"),
+]
+
+
+@pytest.fixture(scope="module")
+def user() -> Iterator[str]:
+    """The name of an ordinary user, there for the time of the tests."""
+    name = f"{USER}-{os.getpid()}"
+    subprocess.run(["/usr/sbin/useradd", "--system", "--no-create-home", name], check=True, capture_output=True)
+    try:
+        yield name
+    finally:
+        subprocess.run(["/usr/sbin/userdel", name], check=True, capture_output=True)
+
+
+@pytest.fixture
+def folder(user: str) -> Iterator[Path]:
+    """A folder of the user's, in a place that the user can reach."""
+    made = Path(subprocess.run(["mktemp", "-d"], check=True, capture_output=True, text=True).stdout.strip())
+    account = pwd.getpwnam(user)
+    os.chown(made, account.pw_uid, account.pw_gid)
+    try:
+        yield made
+    finally:
+        subprocess.run(["rm", "-rf", "--one-file-system", made], check=True)
+
+
+def as_user(user: str, folder: Path, script: str, *, device: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script as the user. In it `streamfs` is the command; `device` is the mode of /dev/fuse, or
+    "missing"."""
+    prefix, package = Path(sys.prefix), PACKAGE
+    prepare = f"""
+set -e
+mount -t tmpfs -o mode=755 tmpfs /mnt
+mkdir /mnt/venv /mnt/package /mnt/python
+mount --bind {shlex.quote(str(prefix))} /mnt/venv
+mount --bind {shlex.quote(str(package))} /mnt/package
+mount --bind {shlex.quote(sys.base_prefix)} /mnt/python
+if [ {device} = missing ]; then
+    mkdir -p /mnt/dev && touch /mnt/dev/null && mount --bind /dev/null /mnt/dev/null
+    mount --rbind /mnt/dev /dev
+else
+    mknod -m {device if device != "missing" else "0"} /mnt/fuse c 10 229
+    mount --bind /mnt/fuse /dev/fuse
+fi
+cd {shlex.quote(str(folder))}
+exec setpriv --reuid={user} --regid={user} --clear-groups --inh-caps=-all env -i \\
+    PATH=/usr/bin:/bin:/usr/sbin:/sbin LC_ALL=C.UTF-8 STREAMFS_HOME={shlex.quote(str(folder / "home"))} \\
+    PYTHONPATH=/mnt/package:/mnt/venv/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages \\
+    PYTHONDONTWRITEBYTECODE=1 LD_LIBRARY_PATH=/mnt/python/lib sh -c "$0"
+"""
+    command = f'streamfs() {{ {_interpreter()} -m streamfs "$@"; }}\n{script}'
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", prepare, command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def _interpreter() -> str:
+    """Where the interpreter is in the namespace; the link in the environment may lead where others cannot go."""
+    real = Path(sys.executable).resolve()
+    base = Path(sys.base_prefix).resolve()
+    return f"/mnt/python/{real.relative_to(base)}" if real.is_relative_to(base) else str(real)
+
+
+def test_a_user_mounts_reads_changes_and_unmounts(user: str, folder: Path) -> None:
+    script = """
+set -e
+mkdir mnt
+streamfs add numbers -- seq 1 100000
+streamfs add who --shell 'id -un'
+streamfs mount mnt
+seq 1 100000 | cmp - mnt/numbers
+cat mnt/who
+stat -c '%U %a' mnt/numbers
+setfattr -n user.streamfs.persist -v 1 mnt/numbers
+streamfs mv who folder/me
+cat mnt/folder/me
+rm mnt/folder/me
+streamfs ls
+streamfs umount
+! grep fuse.streamfs /proc/self/mountinfo | grep "$PWD"
+ls mnt
+test -z "$(ls home/run)"
+pgrep -u "$(id -u)" python || echo none runs
+"""
+    done = as_user(user, folder, script, device="0666")
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [user, f"{user} 644", user, "numbers", "none runs"]
+    assert done.returncode == 0
+
+
+def test_a_mount_is_the_users_alone_unless_others_are_allowed(user: str, folder: Path) -> None:
+    script = """
+mkdir mnt
+streamfs add it -- echo it
+streamfs mount mnt --allow-other
+echo "exit code $?"
+streamfs mount mnt && cat mnt/it && streamfs umount
+"""
+    done = as_user(user, folder, script, device="0666")
+    assert done.stdout.splitlines() == ["exit code 1", "it"]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    assert "user_allow_other" in lines[0]
+
+
+def test_a_dead_mount_of_a_user_is_cleared_by_the_next_one(user: str, folder: Path) -> None:
+    script = """
+set -e
+mkdir mnt
+streamfs add it -- echo it
+streamfs mount mnt
+kill -9 $(sed 's/.*"pid": \\([0-9]*\\).*/\\1/' home/state/lock)
+streamfs mount mnt
+cat mnt/it
+streamfs umount
+"""
+    done = as_user(user, folder, script, device="0666")
+    assert (done.stdout, done.returncode) == ("it\n", 0)
+    assert done.stderr.startswith("clearing away the dead mount")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("device", "advice"), [("0600", "you may not open /dev/fuse"), ("missing", "modprobe fuse")])
+def test_fuse_that_may_not_be_used_is_said_at_once(device: str, advice: str, user: str, folder: Path) -> None:
+    done = as_user(user, folder, "mkdir mnt; streamfs mount mnt", device=device)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("streamfs: ")
+    assert advice in line
