@@ -135,6 +135,7 @@ class Stream:
         self._unread = trio.Event()  # set when the last handle is closed, or an open has ended
         self._persisting: trio.CancelScope | None = None
         self._last_number = entry.facts_generation
+        self._unanswered = float("-inf")  # when, by time.monotonic(), the source was last asked in vain
 
     @property
     def key(self) -> str:
@@ -151,6 +152,8 @@ class Stream:
     async def open(self) -> Handle:
         """A handle on the current version, which is asked for where that is due. Bounded by the stall timeout.
         Raises SourceFailed and its kinds where there is neither a source nor cached bytes."""
+        if self._ended is not None:
+            raise again(self._ended)
         with trio.CancelScope() as scope:
             self._opens.add(scope)
             try:
@@ -199,6 +202,8 @@ class Stream:
         if generation.facts.validator is None:
             # Nothing to compare by. What is whole, or still comes in, is one version for sure; a rest is not.
             return generation.buffer.complete or generation.fetching
+        if generation.buffer.buffered and time.monotonic() - self._unanswered < FRESH:
+            return True  # or those who wait in line would each wait for a source that does not answer
         facts: Facts | None = None
         with trio.move_on_after(REVALIDATE if generation.buffer.buffered else float("inf")):
             try:
@@ -209,10 +214,10 @@ class Stream:
                 if not generation.buffer.buffered:
                     raise
                 log.info("stream %d: the source cannot be asked (%s); cached bytes serve", self.entry.id, error)
-        # A source that does not answer is not asked by each of those who wait in line, either.
-        generation.validated = time.monotonic()
         if facts is None:
+            self._unanswered = time.monotonic()
             return True
+        generation.validated = time.monotonic()
         if facts.validator == generation.facts.validator:
             return True
         self.changed(generation, SourceChanged("the source has a new version; open the file again"))
