@@ -538,15 +538,14 @@ class FileSystem:
     # In the background
 
     def _in_background(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        """Run `work` on its own. A defect in it is logged, and ends nothing else."""
+        self._nursery.start_soon(self._guarded, work, *arguments)
 
-        async def guarded() -> None:
-            try:
-                await work(*arguments)
-            except Exception:
-                log.exception("%s failed in an unforeseen way", work.__name__)
-
-        self._nursery.start_soon(guarded)
+    async def _guarded(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """A defect in `work` is logged, and ends nothing else."""
+        try:
+            await work(*arguments)
+        except Exception:
+            log.exception("%s failed in an unforeseen way", work.__qualname__)
 
     def _remember(self, stream_id: int, facts: Facts) -> None:
         if not self._closing:
@@ -594,7 +593,7 @@ class FileSystem:
         with trio.move_on_after(CLOSE_WITHIN, shield=True) as patience:
             async with trio.open_nursery() as nursery:
                 for stream in (*self._streams.values(), *self._removed.values()):
-                    nursery.start_soon(stream.aclose)
+                    nursery.start_soon(self._guarded, stream.aclose)
         if patience.cancelled_caught:
             log.warning("some sources did not end within %g s", CLOSE_WITHIN)
 
