@@ -23,6 +23,7 @@ from streamfs.catalog import Catalog, Entry
 from streamfs.errors import (
     AlreadyExists,
     Closed,
+    InvalidRequest,
     IsDirectory,
     NameTooLong,
     NoAttribute,
@@ -389,10 +390,13 @@ class FileSystem:
             await self.rename(old, new, replace=replace, keep_folders=True)
 
     async def persist(self, name: str, on: bool) -> None:
-        """Start or stop keeping the whole resource. Raises NotFound."""
+        """Start or stop keeping the whole resource. Raises NotFound, InvalidRequest where only a window is kept."""
         await self._persist(self.named(name).id, on)
 
     async def _persist(self, stream_id: int, on: bool) -> None:
+        entry = self._entries.get(stream_id)
+        if on and entry is not None and entry.spec.options.window is not None:
+            raise InvalidRequest(f"{entry.name!r} keeps only a window of its past: its whole cannot be persisted")
         self._replace_entry(await self._change(self._catalog.set_persist, stream_id, on))
 
     def evict(self, name: str) -> None:

@@ -14,7 +14,7 @@ from trio.testing import MockClock
 
 from streamfs.cache import Cache
 from streamfs.catalog import Catalog
-from streamfs.errors import OutsideWindow
+from streamfs.errors import InvalidRequest, OutsideWindow
 from streamfs.filesystem import FileSystem
 from streamfs.generation import Window
 from streamfs.sources.base import Facts
@@ -148,6 +148,12 @@ async def test_a_reader_that_pauses_does_not_stop_an_endless_url(tmp_path: Path)
         with trio.fail_after(30):
             while int(fs.get_attribute(fs.lookup(1, b"radio").inode, "user.streamfs.buffered")) < 23 * MIB:
                 await trio.lowlevel.checkpoint()
+
+
+async def test_what_keeps_only_a_window_cannot_be_persisted(tmp_path: Path) -> None:
+    async with showing(tmp_path, Radio(MIB, 0.0, MIB), "8MiB") as fs:
+        with pytest.raises(InvalidRequest, match="window"):
+            await fs.persist("radio", True)
 
 
 async def test_a_window_moves_in_steps_and_never_back() -> None:
