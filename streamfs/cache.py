@@ -19,7 +19,7 @@ from typing import Protocol
 import trio
 
 from streamfs.engine.buffer import SPILL_BATCH, Buffer
-from streamfs.engine.pool import Pool
+from streamfs.engine.pool import LARGE, Pool
 from streamfs.engine.recording import Header, Recording, unlink_recording
 from streamfs.errors import Damaged, NoSpace
 
@@ -100,6 +100,7 @@ class Cache:
         self._moved = trio.Event()  # wakes who waits for memory; replaced at each use
         self._stuck = 0  # counts passes of `run` that found nothing to move for those who wait
         self._waiting = 0  # fetches that wait for memory
+        self._asked = 0  # how often one began to
         self._threads = trio.CapacityLimiter(2)
         self._token: trio.lowlevel.TrioToken | None = None
 
@@ -191,6 +192,7 @@ class Cache:
     async def memory(self, generation: Cached) -> None:
         """Wait until the pool may have a piece again. Raises NoSpace when nothing can be moved or dropped."""
         self._waiting += 1
+        self._asked += 1
         try:
             if await self._wait_for_move():
                 reason = self.disk_error or "everything in memory is in use"
@@ -256,7 +258,7 @@ class Cache:
 
     async def _make_room(self) -> None:
         tried: set[Cached] = set()
-        moved = False
+        moved, asked = False, self._asked
         while True:
             generation = self._heaviest(tried)
             if generation is None:
@@ -266,8 +268,10 @@ class Cache:
             else:
                 tried.add(generation)
             self._announce()
-        # Where something was moved, those who wait have not seen it yet, and come back if it is not enough.
-        if self._waiting and not moved and not self._evict_memory():
+        # Where there is memory now, those who wait have not seen it yet, and come back if it is not enough; for those
+        # who asked meanwhile, everything is tried once more.
+        helped = moved or asked != self._asked or not self.pool.take_fails()
+        if self._waiting and not helped and not self._evict_memory():
             self._stuck += 1
         self._announce()
 
@@ -279,18 +283,21 @@ class Cache:
 
     async def _shrink(self, generation: Cached) -> bool:
         """Move some of the generation's bytes out of memory; False where none could be."""
+        pressed = bool(self._waiting) and self.pool.take_fails()
         if self._admit(generation):
             try:
                 self._give_recording(generation)
-                pressed = bool(self._waiting) and self.pool.take_fails()
                 moved = await trio.to_thread.run_sync(self._spill, generation.buffer, pressed, limiter=self._threads)
-                self.disk_error = None
+                if moved:
+                    self.disk_error = None
                 return moved > 0
             except OSError as error:
                 self._disk_failed(error)
             finally:
                 self._measure(generation)
-        return generation.buffer.forget_memory() > 0
+        # Without a disk memory serves as long as there is some, and gives no more than it takes: readers may be
+        # waiting for the rest.
+        return pressed and generation.buffer.forget_memory(LARGE, all_of_it=True) > 0
 
     @staticmethod
     def _spill(buffer: Buffer, pressed: bool) -> int:

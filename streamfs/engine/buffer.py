@@ -333,13 +333,14 @@ class Buffer:
             if recording is not None:
                 recording.punch(past)
 
-    def forget_memory(self, most: int = SPILL_BATCH) -> int:
+    def forget_memory(self, most: int = SPILL_BATCH, *, all_of_it: bool = False) -> int:
         """Drop about `most` bytes from memory, in whole pieces, without writing them anywhere; returns how many. Only
-        where the source can give them again."""
+        where the source can give them again: what arrived first, as readers are done with that before the rest.
+        `all_of_it`: as for `spill`."""
         if not self.refetchable:
             return 0
         with self._lock:
-            segments: list[Segment] = self._store.take_spillable(most)
+            segments: list[Segment] = self._store.take_spillable(most, all_of_it=all_of_it, oldest=True)
             for segment in segments:
                 self._state.present.discard(segment.start, segment.stop)
             self._store.drop_memory(segments)

@@ -25,12 +25,13 @@ class Segment:
     Its first writer alone appends to it, so a writer keeps its segment, and no two writers share a piece.
     """
 
-    __slots__ = ("base", "capacity", "filled", "lent", "piece", "sealed", "spilling", "start")
+    __slots__ = ("age", "base", "capacity", "filled", "lent", "piece", "sealed", "spilling", "start")
 
     def __init__(self, start: int, piece: bytearray, capacity: int) -> None:
         self.start = start
         self.piece = piece
         self.base = 0  # where in the piece `start` rests; moves when bytes went to disk under the writer's hands
+        self.age = 0  # counts the segments of its store: an older one has the lower number
         self.capacity = capacity  # bytes of the piece that may be used; ends at an aligned offset
         self.filled = 0
         self.sealed = False  # no more is appended: it is full, its writer left, or it goes to disk
@@ -93,6 +94,7 @@ class Store:
         self._pool = pool
         self.recording = recording
         self._segments: list[Segment] = []  # INVARIANT: sorted by start, disjoint, none empty
+        self._made = 0  # segments so far
         self.memory = 0  # bytes of pieces held, those of still empty segments too
         self._cleared = False  # nothing is kept any more: pieces go back as soon as nobody works on them
 
@@ -111,6 +113,8 @@ class Store:
             if piece is None:
                 return None
             segment = Segment(position, piece, size - position % size)
+            self._made += 1
+            segment.age = self._made
             self.memory += size
         segment.lent = True
         return segment
@@ -181,15 +185,18 @@ class Store:
 
     # Moving to disk
 
-    def take_spillable(self, most: int, *, all_of_it: bool = False, lent: bool = False) -> list[Segment]:
+    def take_spillable(
+        self, most: int, *, all_of_it: bool = False, lent: bool = False, oldest: bool = False
+    ) -> list[Segment]:
         """Segments with about `most` bytes to write to disk or to drop: whole ones, lowest offsets first, as many as
         it takes to reach `most`. They stay as they are until `spilled`, `not_spilled` or `drop_memory`.
 
         Segments that are still being filled are left out, unless `all_of_it`; then they are sealed. Those whose
         writer is filling them at this moment are left out even so, unless `lent`: their piece stays with the writer.
+        `oldest`: what arrived first goes first, whatever its offset.
         """
         chosen: list[Segment] = []
-        for segment in self._segments:
+        for segment in sorted(self._segments, key=_age_of) if oldest else self._segments:
             if most <= 0:
                 break
             if segment.spilling or not (segment.sealed or (all_of_it and (lent or not segment.lent))):
@@ -262,3 +269,7 @@ class Store:
 
 def _start_of(segment: Segment) -> int:
     return segment.start
+
+
+def _age_of(segment: Segment) -> int:
+    return segment.age

@@ -1,0 +1,375 @@
+"""What is kept and what goes: threshold, budget, quota, least recently used, time to live, and disks that fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from streamfs.engine.buffer import SPILL_BATCH
+from streamfs.engine.recording import Header, Recording
+from streamfs.errors import Closed, NoSpace
+from streamfs.stream import Stream
+from tests.fakes import named_bytes
+from tests.sourcefakes import KIB, MIB, Origin, a_house, settled, until
+from tests.test_generation import check, read_all
+
+PREALLOCATED = 16 * MIB
+"""Bytes a recording may take ahead of what is written to it."""
+
+
+def on_disk(directory: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in directory.glob("*.data"))
+
+
+def refuse(code: int) -> Callable[..., int]:
+    def write(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    return write
+
+
+async def closed(stream: Stream) -> None:
+    """Let the stream's resting fetch go."""
+    generation = stream.generation
+    assert generation is not None
+    for scope in list(generation._scopes.values()):
+        scope.cancel()
+    await until(lambda: not generation.fetching)
+
+
+# Spilling
+
+
+async def test_below_the_threshold_nothing_is_written(tmp_path: Path) -> None:
+    origin = Origin(size=MIB)
+    async with a_house(tmp_path, spill_threshold=2 * MIB) as house:
+        await read_all(house.stream(origin))
+        await trio.sleep(0.02)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ranged", [True, False])
+async def test_past_the_threshold_bytes_move_to_disk_and_read_the_same(ranged: bool, tmp_path: Path) -> None:
+    origin = Origin(size=12 * MIB, ranged=ranged)
+    async with a_house(tmp_path, spill_threshold=2 * MIB) as house:
+        stream = house.stream(origin)
+        handle = await stream.open()
+        for offset in range(0, origin.size, MIB):
+            await check(handle, origin, offset, MIB)
+        await until(lambda: handle.generation.buffer.memory <= 2 * MIB)
+        for offset in range(0, origin.size, 777_777):
+            await check(handle, origin, offset, MIB)
+        assert origin.sent == origin.size
+        handle.close()
+
+
+async def test_many_streams_share_a_small_budget_without_a_wrong_byte_or_a_lack_of_space(tmp_path: Path) -> None:
+    origins = [Origin(f"s{i}", size=3 * MIB, ranged=i % 2 == 0, piece=MIB) for i in range(8)]
+    async with a_house(tmp_path, memory=4 * MIB, spill_threshold=MIB, read_ahead=MIB) as house:
+
+        async def read(origin: Origin) -> None:
+            assert await read_all(house.stream(origin), 200_000) == origin.content()
+            assert house.cache.pool.used <= 4 * MIB
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                for origin in origins:
+                    nursery.start_soon(read, origin)
+        assert [origin.sent for origin in origins] == [origin.size for origin in origins]
+
+
+async def test_a_wait_for_memory_ends_without_error_where_memory_was_freed(tmp_path: Path) -> None:
+    for attempt in range(30):  # the order of the two tasks is the scheduler's choice
+        origin = Origin(f"s{attempt}", size=4 * MIB, ranged=False, piece=MIB)
+        directory = tmp_path / str(attempt)
+        async with a_house(directory, memory=2 * MIB) as house:
+            assert await read_all(house.stream(origin), 100_000) == origin.content()
+
+
+# Quota, order, age
+
+
+async def test_the_quota_holds_and_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    quota = 24 * MIB
+    async with a_house(tmp_path, size=quota, spill_threshold=0, memory=8 * MIB) as house:
+        streams = []
+        for number in range(5):
+            origin = Origin(f"s{number}", size=8 * MIB, piece=MIB)
+            stream = house.stream(origin)
+            assert await read_all(stream, MIB) == origin.content()
+            assert on_disk(tmp_path) <= quota + SPILL_BATCH + PREALLOCATED
+            streams.append(stream)
+            await closed(stream)
+        alive = [stream.generation is not None for stream in streams]
+        assert alive == sorted(alive), "one used earlier was kept and one used later went"
+        assert not alive[0]
+        assert alive[-1]
+
+
+async def test_reading_again_makes_a_stream_the_last_to_go(tmp_path: Path) -> None:
+    async with a_house(tmp_path, spill_threshold=0) as house:
+        streams = [house.stream(Origin(f"s{number}", size=MIB)) for number in range(3)]
+        for stream in streams:
+            await read_all(stream)
+            await closed(stream)
+        await until(lambda: all(house.cache._generations[s.generation] for s in streams if s.generation))
+        await read_all(streams[0])
+        await closed(streams[0])
+        gone = []
+        while house.cache._evict_one():
+            gone += [number for number, s in enumerate(streams) if s.generation is None and number not in gone]
+        assert gone == [1, 2, 0]
+
+
+async def test_what_is_open_or_persisted_is_not_evicted(tmp_path: Path) -> None:
+    async with a_house(tmp_path, spill_threshold=0) as house:
+        opened, kept = house.stream(Origin("open")), house.stream(Origin("kept"), persist=True)
+        house.kept.add(kept.entry.id)
+        handle = await opened.open()
+        await read_all(kept)
+        await closed(kept)
+        await until(lambda: house.cache._generations[handle.generation] >= 0)
+        assert not house.cache._evict_one()
+        house.cache.expire(time.monotonic() + 1)
+        assert opened.generation is not None
+        assert kept.generation is not None
+        handle.close()
+
+
+async def test_what_outlived_its_time_goes(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    origin = Origin()
+    async with a_house(tmp_path) as house:
+        stream = house.stream(origin)
+        await read_all(stream)
+        house.cache.expire(time.monotonic() - 10)
+        assert stream.generation is not None
+        house.cache.expire(time.monotonic() + 1)
+        assert stream.generation is None
+        await settled()
+        assert house.cache.pool.used == 0
+
+
+# Recordings of earlier runs
+
+
+def record(directory: Path, stream_id: int, number: int, key: str = "k", size: int = 200_000) -> Path:
+    path = directory / f"{stream_id}-{number}.data"
+    recording = Recording.create(path, Header(key=key, generation=number))
+    recording.append([(0, memoryview(named_bytes("s", number, size)))])
+    return path
+
+
+async def test_a_scan_keeps_the_newest_recording_of_each_known_stream(tmp_path: Path) -> None:
+    paths = {key: record(tmp_path, *key) for key in ((2, 1), (2, 10), (2, 9), (3, 1), (4, 1))}
+    (tmp_path / "notes.txt").write_text("not ours")
+    async with a_house(tmp_path) as house:
+        house.cache.scan([2, 3])
+        assert {key for key, path in paths.items() if path.exists()} == {(2, 10), (3, 1)}
+        assert (tmp_path / "notes.txt").exists()
+        assert house.cache.disk_used >= 400_000
+        assert not house.cache.has_dormant(4)
+
+
+async def test_a_recording_of_another_source_is_not_used(tmp_path: Path) -> None:
+    path = record(tmp_path, 2, 1)
+    async with a_house(tmp_path) as house:
+        house.cache.scan([2])
+        assert await house.cache.wake_dormant(2, "another") is None
+        assert not path.exists()
+
+
+async def test_a_reader_that_gives_up_while_a_recording_is_loaded_does_not_lose_it(tmp_path: Path) -> None:
+    path = record(tmp_path, 2, 1)
+    async with a_house(tmp_path) as house:
+        house.cache.scan([2])
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await house.cache.wake_dormant(2, "k")
+        assert scope.cancelled_caught
+        assert path.exists()
+        recording = await house.cache.wake_dormant(2, "k")
+        assert recording is not None
+        assert recording.present().total == 200_000
+
+
+async def test_a_recording_that_is_evicted_while_it_is_loaded_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path, 2, 1)
+    async with a_house(tmp_path) as house:
+        house.cache.scan([2])
+        load = Recording.load
+
+        def evicting(path: Path) -> Recording | None:
+            loaded = load(path)
+            trio.from_thread.run_sync(house.cache.forget_dormant, 2)
+            return loaded
+
+        monkeypatch.setattr(Recording, "load", evicting)
+        assert await house.cache.wake_dormant(2, "k") is None
+
+
+async def test_dormant_recordings_go_by_age_too(tmp_path: Path) -> None:
+    path, kept = record(tmp_path, 2, 1), record(tmp_path, 3, 1)
+    os.utime(path, (0, 0))
+    os.utime(kept, (0, 0))
+    async with a_house(tmp_path) as house:
+        house.kept.add(3)
+        house.cache.scan([2, 3])
+        house.cache.expire(time.monotonic() - 3600)
+        assert not path.exists()
+        assert kept.exists()
+
+
+# Disks that fail
+
+
+def make_useless(how: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "removed":
+        shutil.rmtree(directory)
+    else:
+        monkeypatch.setattr(os, "pwrite", refuse(errno.ENOSPC if how == "full" else errno.EROFS))
+
+
+HOWS = ["removed", "full", "read-only"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+async def test_without_a_disk_memory_goes_on_serving(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "cache"
+    async with a_house(directory, spill_threshold=MIB, memory=32 * MIB) as house:
+        make_useless(how, directory, monkeypatch)
+        for ranged in (True, False):
+            origin = Origin(f"s{ranged}", size=4 * MIB, ranged=ranged)
+            assert await read_all(house.stream(origin), MIB) == origin.content()
+        await until(lambda: house.cache.disk_error is not None)
+        assert str(directory) in str(house.cache.disk_error)
+
+
+@pytest.mark.parametrize("how", HOWS)
+async def test_without_a_disk_ranged_streams_drop_memory_and_fetch_again(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "cache"
+    async with a_house(directory, spill_threshold=MIB, memory=4 * MIB) as house:
+        make_useless(how, directory, monkeypatch)
+        origin = Origin(size=16 * MIB, piece=MIB)
+        stream = house.stream(origin)
+        with trio.fail_after(10):
+            for _ in range(2):
+                assert await read_all(stream, MIB) == origin.content()
+        assert house.cache.pool.used <= 4 * MIB
+
+
+@pytest.mark.parametrize("how", HOWS)
+async def test_without_a_disk_a_one_way_stream_gets_no_space_alone(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "cache"
+    async with a_house(directory, spill_threshold=MIB, memory=4 * MIB) as house:
+        make_useless(how, directory, monkeypatch)
+        big = Origin("big", size=16 * MIB, ranged=False, piece=MIB)
+        handle = await house.stream(big, command=True).open()
+        with trio.fail_after(10), pytest.raises(NoSpace):
+            for offset in range(0, big.size, 100_000):
+                await check(handle, big, offset, 100_000)
+        await check(handle, big, 0, MIB)  # what arrived stays
+        with pytest.raises(NoSpace):
+            await handle.read(big.size - 1, 1)
+        handle.close()
+        small = Origin("small", size=16 * MIB)
+        with trio.fail_after(10):
+            assert await read_all(house.stream(small), 100_000) == small.content()
+
+
+async def test_several_readers_share_too_little_memory_without_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_house(tmp_path, spill_threshold=MIB, memory=4 * MIB) as house:
+        make_useless("read-only", tmp_path, monkeypatch)
+        origin = Origin(size=8 * MIB)
+        stream = house.stream(origin)
+        handle = await stream.open()
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+
+                async def read(start: int) -> None:
+                    for offset in range(start, start + 2 * MIB, 256 * KIB):
+                        await check(handle, origin, offset, 256 * KIB)
+
+                for place in range(4):
+                    nursery.start_soon(read, place * 2 * MIB)
+        handle.close()
+
+
+async def test_a_disk_that_recovers_takes_bytes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with a_house(tmp_path, spill_threshold=MIB, memory=32 * MIB) as house:
+        with monkeypatch.context() as patch:
+            make_useless("full", tmp_path, patch)
+            await read_all(house.stream(Origin("a", size=4 * MIB, ranged=False)))
+            await until(lambda: house.cache.disk_error is not None)
+        stream = house.stream(Origin("b", size=4 * MIB, ranged=False))
+        await read_all(stream)
+        await until(lambda: house.cache.disk_error is None)
+
+
+async def test_a_cache_that_is_full_of_what_is_open_leaves_no_wait_without_an_end(tmp_path: Path) -> None:
+    async with a_house(tmp_path, spill_threshold=0, memory=4 * MIB, size=6 * MIB) as house:
+        handles = []
+        with trio.fail_after(20):
+            for number in range(3):
+                origin = Origin(f"s{number}", size=8 * MIB, ranged=False, piece=MIB)
+                handle = await house.stream(origin, command=True).open()
+                handles.append(handle)
+                try:
+                    for offset in range(0, origin.size, MIB):
+                        await check(handle, origin, offset, MIB)
+                except NoSpace:
+                    continue
+            assert on_disk(tmp_path) <= 6 * MIB + SPILL_BATCH + PREALLOCATED
+        assert house.cache.disk_error is not None
+        for handle in handles:
+            handle.close()
+
+
+async def test_a_defect_while_making_room_ends_neither_the_cache_nor_who_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with a_house(tmp_path, memory=2 * MIB) as house:
+        with monkeypatch.context() as patch:
+
+            def defective(_: object) -> None:
+                raise ValueError("a defect")
+
+            patch.setattr(house.cache, "_heaviest", defective)
+            with trio.fail_after(5), pytest.raises(NoSpace):
+                await read_all(house.stream(Origin("a", size=8 * MIB, ranged=False)))
+        assert "unforeseen" in caplog.text
+        origin = Origin("b", size=8 * MIB, ranged=False)
+        assert await read_all(house.stream(origin)) == origin.content()
+
+
+async def test_closing_while_bytes_move_to_disk_gives_every_piece_back(tmp_path: Path) -> None:
+    async with a_house(tmp_path, spill_threshold=0) as house:
+        origin = Origin(size=16 * MIB, piece=MIB)
+        stream = house.stream(origin)
+        async with trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                with pytest.raises(Closed):
+                    while True:
+                        await read_all(stream)
+
+            nursery.start_soon(read)
+            await until(lambda: any(tmp_path.iterdir()))
+            stream.interrupt(Closed("the end"))
+        await stream.aclose()
+        await until(lambda: house.cache.pool.used == 0)
