@@ -179,7 +179,7 @@ class TestDeclaredSize:
         path = fs.add("long", "--size", "5000", "--", "head", "-c", "5001", "/dev/zero")
         reader = fs.start(["cat", path])
         assert reader.communicate(timeout=20)[0] == bytes(5000)
-        fs.wait_for_state("long", "failed")
+        fs.wait_for_state("long", "failed", within=10)
         assert "more than the 5000" in (fs.xattr("long", "error") or "")
 
     def test_one_that_an_origin_contradicts_is_refused_at_the_open(self, fs: Mounted, origin: ScriptedOrigin) -> None:

@@ -109,7 +109,7 @@ streamfs umount
 ! grep fuse.streamfs /proc/self/mountinfo | grep "$PWD"
 ls mnt
 test -z "$(ls home/run)"
-pgrep -u "$(id -u)" python || echo none runs
+ps -u "$(id -u)" -o stat=,comm= | grep -v ^Z | grep python || echo none runs
 """
     done = as_user(user, folder, script, device="0666")
     assert done.stderr == ""
