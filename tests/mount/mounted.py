@@ -205,6 +205,14 @@ class Mounted:
         pid = self.pid
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not is_alive(pid), "the daemon is gone")
+        wait_for(self._is_dead, "the kernel has ended the connection")  # its other threads end a little later
+
+    def _is_dead(self) -> bool:
+        try:
+            self.mountpoint.stat()
+        except OSError as error:
+            return error.errno == errno.ENOTCONN
+        return False
 
     # The end
 
@@ -215,7 +223,7 @@ class Mounted:
                 process.kill()
         left = [pid for pid in self._daemons if is_alive(pid)]
         if left or is_mounted(self.mountpoint):
-            self.run("umount", "--lazy", check=False)
+            self.run("umount", "--lazy", *([] if left else [self.mountpoint]), check=False)
         stubborn = [pid for pid in self._daemons if is_alive(pid)]
         for pid in stubborn:
             with contextlib.suppress(ProcessLookupError):
