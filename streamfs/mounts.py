@@ -65,7 +65,8 @@ def is_dead(path: str) -> bool:
         )
     except subprocess.TimeoutExpired:
         return False
-    return b"not connected" in answer.stderr
+    # A daemon that is dying just now aborts what is under way; after that, nothing is connected.
+    return any(reason in answer.stderr for reason in (b"not connected", b"connection abort"))
 
 
 def detach(path: str, *, lazy: bool) -> None:
