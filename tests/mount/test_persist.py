@@ -84,7 +84,7 @@ def test_a_fetch_that_is_cut_short_goes_on_with_the_next_mount(
     (row,) = json.loads(fs.run("ls", "--json").stdout)["streams"]
     assert row["persist"]
     kept, document.sent = int(row["buffered"]), 0
-    assert 20 * MIB <= kept <= 30 * MIB
+    assert 10 * MIB <= kept <= 30 * MIB
     document.go.set()
     fs.mount()
     assert_persisted(fs, "kept", document.bytes())
