@@ -214,7 +214,8 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals, watchdog.watching():
         async with _filesystem(home, options) as filesystem:
             interrupts = Interrupts()
-            _mount(Operations(filesystem, interrupts), mountpoint, options)
+            operations = Operations(filesystem, interrupts)
+            _mount(operations, mountpoint, options)
             life = _Life(filesystem, mountpoint)
             try:
                 listener = listen(home.socket_path, lock)
@@ -223,7 +224,7 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
                     nursery.start_soon(watchdog.beat)
                     nursery.start_soon(life.until_signal, signals)
                     nursery.start_soon(serve, listener, life.handlers())
-                    nursery.start_soon(_announce, mountpoint, readiness)
+                    nursery.start_soon(_announce, operations, mountpoint, readiness)
                     await life.until_unmounted(pyfuse3.main(max_tasks=MAX_TASKS))
                     nursery.cancel_scope.cancel()
             finally:
@@ -248,10 +249,10 @@ def _mount(operations: Any, mountpoint: Path, options: MountOptions) -> None:
         raise StreamfsError(f"cannot mount on {mountpoint}{hint}: {error}") from error
 
 
-async def _announce(mountpoint: Path, readiness: _Readiness) -> None:
+async def _announce(operations: Any, mountpoint: Path, readiness: _Readiness) -> None:
     """Say that the mount is ready once it really answers."""
     await trio.to_thread.run_sync(os.stat, mountpoint)
-    await trio.to_thread.run_sync(mounting.tune, mountpoint)
+    operations.most_ahead = await trio.to_thread.run_sync(mounting.tune, mountpoint) // 2
     readiness.ready()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import mmap
 import os
 import select
 from collections.abc import Awaitable, Callable, Sequence
@@ -72,6 +73,11 @@ class Operations(pyfuse3.Operations):
         self._listings: dict[int, _Listing] = {}
         self._files: dict[int, _OpenFile] = {}
         self._next_listing = 1
+        self._ahead = 0  # cached reads of more than a page that wait
+        self.most_ahead = 0
+        """How many of those may wait. The kernel counts them as background reads, and at its limit of these nobody
+        would be served any more. One that must not wait is refused: the kernel then reads for its program page by
+        page, in the foreground, where there is no limit."""
         self._uid, self._gid = os.getuid(), os.getgid()
 
     # Names
@@ -158,12 +164,25 @@ class Operations(pyfuse3.Operations):
             return found
         file = self._files[fh]
         with self._interrupts.watch(file.opener, ahead=not file.direct):
+            if not file.direct:
+                return await self._read_cached(fh, off, size)
             if not file.nonblocking:
-                return await self._fs.read(fh, off, size, partial=file.direct)
+                return await self._fs.read(fh, off, size, partial=True)
             found = await self._fs.read_available(fh, off, size)
         if found is None:
             raise pyfuse3.FUSEError(errno.EAGAIN)
         return found
+
+    async def _read_cached(self, fh: FileHandleT, off: int, size: int) -> memoryview:
+        if size <= mmap.PAGESIZE:
+            return await self._fs.read(fh, off, size)
+        if self._ahead >= self.most_ahead:
+            raise pyfuse3.FUSEError(errno.EAGAIN)  # no program sees this: the kernel comes again for single pages
+        self._ahead += 1
+        try:
+            return await self._fs.read(fh, off, size)
+        finally:
+            self._ahead -= 1
 
     @_guarded
     async def poll(

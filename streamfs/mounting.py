@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -19,7 +20,9 @@ READ_AHEAD_KB = 4096
 as with its default of 128 KiB. Root only; others keep the default."""
 MAX_BACKGROUND = 65535
 """Cached reads that may be under way at a time; at the kernel's default of 12, a dozen stalled readers would freeze
-everybody's cached reads."""
+everybody's cached reads. Ordinary users get what /sys/module/fuse/parameters/max_user_bgreq allows, some thousands."""
+KERNEL_BACKGROUND = 12
+"""The kernel's default of it, which stays where it cannot be raised (nobody mounted fusectl, and we are not root)."""
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 _TOOL_TIMEOUT = 10.0  # seconds for fusermount3 and its like
 
@@ -62,23 +65,39 @@ def is_mounted(mountpoint: Path) -> bool:
     return there is not None and there.is_streamfs
 
 
-def tune(mountpoint: Path) -> None:
-    """Raise the kernel's limits for the mount, as far as we may. What cannot be set is only logged."""
+def tune(mountpoint: Path) -> int:
+    """Raise the kernel's limits for the mount, as far as we may; what cannot be set is only logged. Gives how many
+    background reads the kernel lets be under way at a time."""
     there = mounts.mounted_at(str(mountpoint))
     if there is None:
-        return
+        return KERNEL_BACKGROUND
     major, minor = there.device
     _set(Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb"), READ_AHEAD_KB)
     connection = _CONNECTIONS / str(major << 20 | minor)  # the kernel's own form of a device number
-    limits = {
-        connection / "congestion_threshold": MAX_BACKGROUND * 3 // 4,
-        connection / "max_background": MAX_BACKGROUND,
-    }
     if not connection.exists() and os.geteuid() == 0:
-        _set_unseen(limits)
+        allowed = _raise_unseen(connection)
     else:
-        for path, value in limits.items():
-            _set(path, value)
+        allowed = _raise_background(connection)
+    if allowed == KERNEL_BACKGROUND:
+        log.info("the kernel allows %d background reads at a time: stalled cached readers go page by page", allowed)
+    return allowed
+
+
+def _raise_background(connection: Path) -> int:
+    """Raise the limit as far as the kernel lets us."""
+    most = MAX_BACKGROUND
+    while most > KERNEL_BACKGROUND:
+        try:
+            (connection / "max_background").write_text(str(most))
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # that is: more than an ordinary user may have
+                log.info("%s stays as it is: %s", connection / "max_background", error.strerror)
+                break
+            most //= 2
+        else:
+            _set(connection / "congestion_threshold", most * 3 // 4)
+            return most
+    return KERNEL_BACKGROUND
 
 
 def _set(path: Path, value: int) -> None:
@@ -88,15 +107,23 @@ def _set(path: Path, value: int) -> None:
         log.info("%s stays as it is: %s", path, error.strerror)
 
 
-def _set_unseen(limits: dict[Path, int]) -> None:
+def _raise_unseen(connection: Path) -> int:
     """Where nobody mounted the fusectl file system, do it in a mount namespace that ends with the command."""
-    script = f"mount -t fusectl fusectl {_CONNECTIONS}"
-    script += "".join(f" && echo {value} > {path}" for path, value in limits.items())
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=_TOOL_TIMEOUT, check=False
+    script = (
+        f"mount -t fusectl fusectl {_CONNECTIONS}"
+        f" && echo {MAX_BACKGROUND} > {connection}/max_background"
+        f" && echo {MAX_BACKGROUND * 3 // 4} > {connection}/congestion_threshold"
     )
+    command = ["unshare", "--mount", "sh", "-c", script]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.info("the kernel's limits for background reads stay as they are: %s", error)
+        return KERNEL_BACKGROUND
     if done.returncode != 0:
         log.info("the kernel's limits for background reads stay as they are: %s", done.stderr.strip())
+        return KERNEL_BACKGROUND
+    return MAX_BACKGROUND
 
 
 def unmount_quietly(mountpoint: Path) -> None:
