@@ -83,8 +83,8 @@ class FetchPlan:
             if fetch.position == front or (not self.ranged and front <= fetch.position):
                 if fetch.position - fetch.start >= 4 * fetch.ahead:
                     fetch.ahead = min(fetch.ahead * 2, self.read_ahead)  # it is read on and on
-                # A resting fetch asks anew only where half a window is to be had: small reads cost no request each.
-                if not (self.ranged and fetch.resting and stop + fetch.ahead // 2 < fetch.position):
+                # It goes on by half a window or more, so that small reads do not cost a request each.
+                if not self.ranged or fetch.limit is None or stop + fetch.ahead // 2 >= fetch.limit:
                     self._allow(fetch, stop)
                 return fetch
         return None
