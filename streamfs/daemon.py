@@ -273,7 +273,11 @@ class _Life:
         """Serve requests until the mount is gone, or somebody asked us to leave."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._leave, nursery.cancel_scope)
-            await main
+            try:
+                await main
+            except* ConnectionAbortedError:
+                # What the kernel says at an unmount while requests are in its queue, instead of the usual ENODEV.
+                log.info("the mount is gone; requests that were under way in the kernel have failed")
             nursery.cancel_scope.cancel()
 
     async def _leave(self, requests: trio.CancelScope) -> None:
