@@ -6,6 +6,7 @@ a mount for one command.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import logging.handlers
 import os
@@ -27,7 +28,7 @@ from streamfs.catalog import Catalog
 from streamfs.control.server import Handler, listen, serve
 from streamfs.errors import Busy, InvalidRequest, StreamfsError
 from streamfs.filesystem import FileSystem
-from streamfs.home import Home, HomeLock
+from streamfs.home import Home, HomeLock, secure_directory
 from streamfs.sources import Transports, make_source
 from streamfs.spec import MountOptions, StreamSpec
 from streamfs.watchdog import Watchdog
@@ -150,6 +151,8 @@ def _run(home: Home, lock: HomeLock, mountpoint: Path, options: MountOptions, re
         _log_to(logging.StreamHandler(sys.stderr))
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold secrets and everybody's bytes
+    with contextlib.suppress(OSError):  # a core_pattern that is a pipe pays no heed to the limit: then without memory
+        Path("/proc/self/coredump_filter").write_text("0")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     lock.record(home.socket_path)
@@ -169,6 +172,7 @@ async def _filesystem(home: Home, options: MountOptions) -> AsyncIterator[FileSy
     except OSError as error:
         raise InvalidRequest(f"cannot use the cache directory {directory}: {error.strerror}") from error
     if directory != home.cache:
+        secure_directory(directory, tighten=False)
         _check_private(directory)
     with Catalog(home.catalog_path) as catalog:
         async with Transports() as transports, trio.open_nursery() as nursery:

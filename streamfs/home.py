@@ -70,9 +70,9 @@ class Home:
         only read are closed to them.
         """
         if self.root is not None:
-            _secure_directory(self.root, tighten=False)
+            secure_directory(self.root, tighten=False)
         for path in (self.config, self.state, self.cache, self.run):
-            _secure_directory(path, tighten=True)
+            secure_directory(path, tighten=True)
 
     @property
     def catalog_path(self) -> Path:
@@ -193,8 +193,9 @@ def _is_private(path: Path) -> bool:
     return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
 
 
-def _secure_directory(path: Path, *, tighten: bool) -> None:
-    """Make `path` if it is missing, and check it as `Home.prepare` says. `tighten`: take others' rights to read."""
+def secure_directory(path: Path, *, tighten: bool) -> None:
+    """Make `path`, absolute, if it is missing, and check it as `Home.prepare` says. `tighten`: take others' rights to
+    read. Raises NotPermitted, InvalidRequest."""
     try:
         _make_directories(path)
         _check_ancestors(path)

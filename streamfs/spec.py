@@ -282,7 +282,7 @@ def check_url(url: str) -> str:
         raise InvalidRequest("the URL holds a space or a control character: write it as %20 and the like")
     if parts.scheme.lower() == "file":
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise InvalidRequest(f"a file URL is file:///ABSOLUTE/PATH, not {url!r}")
+            raise InvalidRequest(f"a file URL is file:///ABSOLUTE/PATH, not {redact_url(url)!r}")
     elif not parts.hostname:
         raise InvalidRequest(f"the URL {redact_url(url)!r} names no host")
     elif port == 0:

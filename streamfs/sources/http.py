@@ -211,14 +211,16 @@ class HttpSource:
     async def _follow(self, asked: Asked) -> tuple[Response, Verdict]:
         url = self._url
         seen = {credentials.without_userinfo(url)}
+        registered = Origin.of(url)
         private_allowed = self._options.allow_private or await self._is_private(url)
         while True:
-            response = await self._send(url, asked, private_allowed)
+            response = await self._send(url, asked, private_allowed or Origin.of(url) == registered)
             try:
                 location = Headers(response.headers).get("location")
                 if response.status not in addresses.REDIRECT_STATUSES or location is None:
                     if len(seen) > 1:
-                        self._landing = _Landing(url, private_allowed, trio.current_time() + LANDING_SECONDS)
+                        allowed = private_allowed or Origin.of(url) == registered
+                        self._landing = _Landing(url, allowed, trio.current_time() + LANDING_SECONDS)
                     return response, _judged(asked, response)
                 url = addresses.redirect_target(url, location, downgrade_allowed=self._options.allow_private)
                 if url in seen:
@@ -233,10 +235,11 @@ class HttpSource:
             await _close(response, reuse=True)
 
     async def _is_private(self, url: str) -> bool:
-        """Whether the registered URL itself is a private address: then its redirects may stay among those."""
+        """Whether the registered URL itself is a private address: then its redirects may stay among those. All of its
+        addresses must be: else who answers for a public name could open the way to every private one."""
         if not self._resolves(url):
             return addresses.is_private_name(Origin.of(url).host)
-        return any(map(addresses.is_private, await self._transports.resolver.resolve(url)))
+        return all(map(addresses.is_private, await self._transports.resolver.resolve(url)))
 
     def _resolves(self, url: str) -> bool:
         """Whether names are resolved here: a proxy resolves them itself, and ftp and sftp never redirect."""
