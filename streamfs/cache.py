@@ -20,7 +20,7 @@ import trio
 
 from streamfs.engine.buffer import SPILL_BATCH, Buffer
 from streamfs.engine.pool import LARGE, Pool
-from streamfs.engine.recording import Header, Recording, unlink_recording
+from streamfs.engine.recording import Header, Recording, disk_bytes, unlink_recording
 from streamfs.errors import Damaged, NoSpace
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ FREE_FLOOR = 64 * 1024 * 1024
 """Bytes the cache leaves free on its file system, so that it is never the one that fills the disk to the brim."""
 _TTL_CHECKS = 4  # per time to live
 _DATA_NAME = re.compile(r"(\d+)-(\d+)\.data")
+_INDEX_NAME = re.compile(r"\d+-\d+\.data\.index")
 
 
 class Cached(Protocol):
@@ -111,11 +112,16 @@ class Cache:
         ids = set(known)
         newest: dict[int, tuple[int, Path]] = {}
         for entry in os.scandir(self.directory):
+            path = Path(entry.path)
             match = _DATA_NAME.fullmatch(entry.name)
             if match is None:
+                if _INDEX_NAME.fullmatch(entry.name) and not path.with_suffix("").exists():
+                    path.unlink(missing_ok=True)  # a power cut took the data's name alone
                 continue
             stream_id, number = int(match[1]), int(match[2])
-            path = Path(entry.path)
+            if not path.with_name(path.name + ".index").exists():
+                unlink_recording(path)  # it was being made or removed: it must not stand for a whole one
+                continue
             older = newest.get(stream_id)
             if stream_id not in ids:
                 unlink_recording(path)
@@ -127,8 +133,8 @@ class Cache:
                 unlink_recording(path)
         now, wall = time.monotonic(), time.time()
         for stream_id, (_, path) in newest.items():
-            info = path.stat()
-            self._dormant[stream_id] = _Dormant(path, info.st_blocks * 512, now - max(0.0, wall - info.st_mtime))
+            age = max(0.0, wall - path.stat().st_mtime)
+            self._dormant[stream_id] = _Dormant(path, disk_bytes(path), now - age)
 
     def has_dormant(self, stream_id: int) -> bool:
         return stream_id in self._dormant
@@ -228,7 +234,8 @@ class Cache:
         """Write all of a complete generation to disk and make it durable. Raises NoSpace, and where the generation is
         complete no more what took its bytes away."""
         try:
-            self._give_recording(generation)
+            self._make_floor_hold(generation)
+            self._give_recording(generation, 0)  # its size is known by now
             await trio.to_thread.run_sync(generation.buffer.settle_for_good, limiter=self._threads)
         except OSError as error:
             self._disk_failed(error)
@@ -284,9 +291,10 @@ class Cache:
     async def _shrink(self, generation: Cached) -> bool:
         """Move some of the generation's bytes out of memory; False where none could be."""
         pressed = bool(self._waiting) and self.pool.take_fails()
-        if self._admit(generation):
+        ahead = self._admit(generation)
+        if ahead is not None:
             try:
-                self._give_recording(generation)
+                self._give_recording(generation, ahead)
                 moved = await trio.to_thread.run_sync(self._spill, generation.buffer, pressed, limiter=self._threads)
                 if moved:
                     self.disk_error = None
@@ -303,23 +311,37 @@ class Cache:
     def _spill(buffer: Buffer, pressed: bool) -> int:
         return buffer.spill() or (buffer.spill(all_of_it=True) if pressed else 0)
 
-    def _give_recording(self, generation: Cached) -> None:
-        if generation.buffer.recording is None and not generation.buffer.doomed:
+    def _give_recording(self, generation: Cached, ahead: int) -> None:
+        recording = generation.buffer.recording
+        if recording is None and not generation.buffer.doomed:
             path = self.directory / f"{generation.stream_id}-{generation.number}.data"
             recording = Recording.create(path, generation.header)
-            recording.windowed = generation.windowed
             generation.buffer.record(recording)
+        if recording is not None:
+            recording.ahead = ahead
 
-    def _admit(self, generation: Cached) -> bool:
-        """Make the quota and the disk have room for one more step of spilling, evicting if need be."""
+    def _admit(self, generation: Cached) -> int | None:
+        """Make the quota and the disk have room for one more step of spilling, evicting if need be. Gives how many
+        bytes may be allocated ahead besides; None where there is no room."""
         if generation.buffer.doomed:
-            return False
+            return None
         step = min(generation.buffer.memory, SPILL_BATCH)
-        while not self._fits(step, counted=not generation.kept):
+        ahead = 0 if generation.windowed else step
+        while not self._fits(step + ahead, counted=not generation.kept):
             if not self._evict_one(besides=generation):
-                self.disk_error = self.disk_error or "the cache is full and nothing in it can go"
-                return False
-        return True
+                break
+        else:
+            return ahead
+        if self._fits(step, counted=not generation.kept):
+            return 0
+        self.disk_error = self.disk_error or "the cache is full and nothing in it can go"
+        return None
+
+    def _make_floor_hold(self, generation: Cached) -> None:
+        """Evict until what a kept generation has in memory fits on the disk. Raises OSError where it does not."""
+        while not self._fits(generation.buffer.memory, counted=False):
+            if not self._evict_one(besides=generation):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _fits(self, step: int, *, counted: bool) -> bool:
         if counted and self.size is not None and self.disk_used + step > self.size:

@@ -24,6 +24,7 @@ from streamfs.engine.buffer import Buffer, Writer
 from streamfs.engine.fetches import FIRST_AHEAD, Fetch, FetchPlan
 from streamfs.engine.pool import LARGE
 from streamfs.engine.recording import BLOCK, Header, Recording
+from streamfs.engine.state import again
 from streamfs.errors import NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError
 from streamfs.sources.base import Body, Facts, Source
 from streamfs.spec import parse_window
@@ -106,6 +107,8 @@ class Owner(Protocol):
 
     def let_go(self, generation: Generation) -> None: ...
 
+    def damaged(self) -> None: ...
+
 
 class Generation:
     """One version of a stream's bytes. Followed by the cache (`streamfs.cache.Cached`)."""
@@ -118,8 +121,8 @@ class Generation:
         self.facts = facts
         self.buffer = Buffer(self._context.cache.pool, size=facts.size, recording=recording)
         self.buffer.refetchable = facts.ranged
-        self.settled = recording is not None and self.buffer.complete
-        """Complete, on disk and durable."""
+        self.buffer.on_damage = stream.damaged
+        self._settled = recording is not None and recording.durable
         self.plan = FetchPlan(ranged=facts.ranged, read_ahead=self._context.read_ahead)
         self.handles = 0
         self.used = time.monotonic()
@@ -132,6 +135,7 @@ class Generation:
         self.end_proven = True
         window = stream.entry.spec.options.window
         self._window = Window(window) if window is not None and not facts.ranged else None
+        self._fetch_ended = trio.Event()  # replaced each time
         self._wanting_all = 0  # calls of `fetch_all` under way
         self._latency = 0.0  # seconds the last request took to its reply
         self._end_probe = memoryview(bytearray(1))  # where a byte past the declared end would land
@@ -209,6 +213,17 @@ class Generation:
         self.plan.release()
         self._ring()
 
+    @property
+    def settled(self) -> bool:
+        """Complete, on disk and durable."""
+        return self._settled and self.buffer.complete
+
+    async def settle(self) -> None:
+        """Make the complete bytes durable. Raises as Cache.settle."""
+        await self._context.cache.settle(self)
+        self._settled = True
+        self._keep_digest()
+
     async def fetch_all(self, progress_within: float | None = None) -> None:
         """Bring every byte up to the end. Raises the stream's failure, and SourceStalled where nothing arrives for
         `progress_within` seconds, NoSpace where bytes had to be dropped meanwhile for want of room."""
@@ -220,6 +235,7 @@ class Generation:
             while True:
                 gap = self.buffer.first_gap(0)
                 if gap is None:
+                    await self._see_the_end()
                     return
                 if gap < reached:  # to fetch them again at once would go on for ever
                     raise NoSpace(f"no room to keep the whole: {self._context.cache.disk_error or 'bytes were lost'}")
@@ -235,6 +251,13 @@ class Generation:
                 self.plan.want_no_more()
                 self._ring()
                 self.buffer.wake_all()  # readers that a fetch without limits was to serve ask for themselves now
+
+    async def _see_the_end(self) -> None:
+        """All declared bytes are here; whether a one-way source really ends there, and well, its fetch finds out."""
+        while self._scopes and not self.facts.ranged:
+            await self._fetch_ended.wait()
+        if self.buffer.failure is not None:
+            raise again(self.buffer.failure)
 
     # Fetching
 
@@ -272,6 +295,8 @@ class Generation:
             self._scopes.pop(fetch)
             self._allowed.pop(fetch, None)
             self.plan.ended(fetch)
+            ended, self._fetch_ended = self._fetch_ended, trio.Event()
+            ended.set()
             if error is not None and not self.buffer.doomed:
                 self.buffer.fail(error)
             else:
@@ -449,7 +474,7 @@ class Generation:
         """What the body's digest came to; None until all bytes are here."""
         return self._sha256 if self.buffer.complete else None
 
-    def keep_digest(self) -> None:
+    def _keep_digest(self) -> None:
         """Write the digest beside the settled bytes, for the next run, as an attribute of the data file. A file system
         without such attributes keeps none."""
         recording = self.buffer.recording
@@ -474,7 +499,7 @@ class Generation:
     def state(self) -> State:
         if self.settled or (self.buffer.complete and not self.kept):
             return "complete"
-        if self.buffer.failure is not None:
+        if self.buffer.failure is not None or self.buffer.damaged:
             return "failed"
         if self._scopes:
             return "paused" if all(fetch.resting for fetch in self._scopes) else "live"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from streamfs.engine.state import again
 from streamfs.errors import (
     Closed,
     CommandFailed,
+    Damaged,
     NoSpace,
     NotFound,
     NotPermitted,
@@ -63,6 +65,12 @@ class Handle:
     @property
     def size(self) -> int | None:
         return self._generation.buffer.size
+
+    @property
+    def incoming(self) -> bool:
+        """Whether the length is unknown, or bytes of a one-way source are still to come."""
+        generation = self._generation
+        return self.size is None or not (generation.facts.ranged or generation.buffer.complete)
 
     def read_now(self, offset: int, size: int) -> memoryview | None:
         """What `read` would give, if all of it is in one piece of memory; None where it is not, or fails."""
@@ -135,6 +143,7 @@ class Stream:
         self._unread = trio.Event()  # set when the last handle is closed, or an open has ended
         self._persisting: trio.CancelScope | None = None
         self._last_number = entry.facts_generation
+        self._token = trio.lowlevel.current_trio_token()
         self._unanswered = float("-inf")  # when, by time.monotonic(), the source was last asked in vain
 
     @property
@@ -228,14 +237,20 @@ class Stream:
         recording = await self.context.cache.wake_dormant(self.entry.id, self.key)
         if recording is None:
             return None
-        facts = msgspec.json.decode(recording.header.facts, type=Facts)
-        generation = Generation(self, recording.header.generation, facts, recording)
+        # No later run may take the number of an earlier one, whether that one's bytes are used or not.
+        self._last_number = max(self._last_number, recording.header.generation)
+        try:
+            facts = msgspec.json.decode(recording.header.facts, type=Facts)
+            generation = Generation(self, recording.header.generation, facts, recording)
+        except (msgspec.MsgspecError, SourceFailed) as error:
+            log.warning("the recording %s contradicts itself: %s", recording.path, error)
+            recording.unlink()
+            return None
         if not generation.settled and not (facts.ranged and facts.validator is not None):
             # A run of a command, or a body without versions, that was cut short can never be continued.
             generation.buffer.close()
             recording.unlink()
             return None
-        self._last_number = max(self._last_number, generation.number)
         generation.validated = float("-inf")
         self._install(generation)
         return generation
@@ -319,6 +334,15 @@ class Stream:
         else:
             self.let_go(generation)
 
+    def damaged(self) -> None:
+        """Cached bytes turned out to be damaged (called from any thread): what is persisted is made whole again."""
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._persist_again)
+
+    def _persist_again(self) -> None:
+        if self._ended is None and self.generation is not None and not self.generation.settled:
+            self.set_entry(self.entry)
+
     def released(self, generation: Generation) -> None:
         """The last handle on `generation` was closed: one that was evicted while it was read can go now."""
         if generation in self._orphans:
@@ -367,6 +391,10 @@ class Stream:
                 except CommandFailed as error:
                     self.error = error
                     break
+                except Damaged as error:
+                    self.error = error
+                    if self.generation is None or self.generation.buffer.damaged:
+                        break  # and not to be had again
                 except (StreamfsError, OSError) as error:
                     self.error = error if isinstance(error, StreamfsError) else NoSpace(str(error))
                     log.warning("stream %d cannot be persisted yet: %s", self.entry.id, error)
@@ -387,9 +415,7 @@ class Stream:
         try:
             if not generation.settled:
                 await generation.fetch_all()
-                await self.context.cache.settle(generation)
-                generation.settled = True
-                generation.keep_digest()
+                await generation.settle()
             self.error = None
             return True
         finally:
@@ -434,8 +460,16 @@ class Stream:
     @property
     def problem(self) -> StreamfsError | None:
         """Why bytes are missing, or why the last attempt to get at the source failed; None while all is well."""
-        failure = self.generation.buffer.failure if self.generation is not None else None
-        return failure or self.error
+        if self.generation is None:
+            return self.error
+        buffer, cache = self.generation.buffer, self.context.cache
+        if buffer.failure is not None or self.error is not None:
+            return buffer.failure or self.error
+        if buffer.damaged:
+            return Damaged("some cached bytes are damaged and cannot be fetched again: 'streamfs evict' the stream")
+        if cache.disk_error is not None and buffer.memory > cache.spill_threshold:
+            return NoSpace(f"its bytes stay in memory: {cache.disk_error}")
+        return None
 
     @property
     def exit_status(self) -> int | None:

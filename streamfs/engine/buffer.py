@@ -48,6 +48,8 @@ class Buffer:
         self._disk_limiter: trio.CapacityLimiter | None = None
         self.refetchable = False
         """Whether bytes that are lost here can be had from the source again."""
+        self.on_damage: Callable[[], None] | None = None
+        """Called after bytes on disk turned out to be damaged, from whichever thread read them, without the lock."""
         if recording is not None:
             self._adopt(recording)
 
@@ -82,6 +84,11 @@ class Buffer:
     @property
     def failure(self) -> StreamfsError | None:
         return self._state.doomed or self._state.failure
+
+    @property
+    def damaged(self) -> bool:
+        """Whether some bytes are damaged for good."""
+        return bool(self._state.damaged)
 
     @property
     def doomed(self) -> bool:
@@ -158,7 +165,8 @@ class Buffer:
                 return
             # Another reader may have found it first, and the bytes may be here again: what the table no longer
             # names is not lost by this damage.
-            for extent in recording.drop(damage.start, damage.stop):
+            dropped = recording.drop(damage.start, damage.stop)
+            for extent in dropped:
                 self._state.lost(extent.start, extent.stop, for_good=not self.refetchable)
         if self._disk.acquire(blocking=False):
             try:
@@ -168,6 +176,8 @@ class Buffer:
                     recording.log_drops()
             finally:
                 self._disk.release()
+        if dropped and self.on_damage is not None:
+            self.on_damage()
 
     async def read_async(self, offset: int, size: int, demand: Demand | None = None) -> memoryview:
         """`size` bytes from `offset`, fewer only at the proven end; the view is good until the next await.

@@ -96,6 +96,8 @@ class Recording:
         self.header = header
         self.path = path  # of the data file; None where it is anonymous
         self.size: int | None = None  # proven by an END entry
+        self.durable = False
+        """Whether `complete` has come to its end, and nothing was written or taken back since."""
         self._data = data
         self._index = index
         self._seed = crc32c(f"{header.key}\0{header.generation}\0".encode())
@@ -103,7 +105,9 @@ class Recording:
         self._stops = array("Q")
         self._crcs = array("I")
         self._drops: deque[Extent] = deque()  # taken out of the table, not yet out of the index
-        self.windowed = False  # the past is given back: nothing is allocated ahead
+        self.ahead = 0
+        """Most bytes that sequential appends allocate past what is written, which makes them faster. The owner chooses,
+        as disk space is taken by it."""
         self._past = 0  # extents before this were forgotten
         self._punched = 0  # disk space before this was given back
         self._allocated = 0  # the data file is allocated up to here, for sequential appends
@@ -136,7 +140,9 @@ class Recording:
             path = Path(folder, f"streamfs-{os.urandom(8).hex()}")
             data = _File(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             path.unlink()
-        return cls(data, None, Header(key=os.urandom(16).hex(), generation=0), None)
+        recording = cls(data, None, Header(key=os.urandom(16).hex(), generation=0), None)
+        recording.ahead = 16 << 20  # nobody counts its space; from the first write on at most twice what is there
+        return recording
 
     @classmethod
     def load(cls, path: Path) -> Recording | None:
@@ -163,8 +169,14 @@ class Recording:
             return None
         recording = cls(data, index, header, path)
         good = recording._replay(raw, fixed + length)
-        os.ftruncate(index.fd, good)
+        if good != len(raw):
+            os.ftruncate(index.fd, good)
+            os.fsync(index.fd)  # or a power cut could bring the torn tail back behind what is appended next
         os.lseek(index.fd, good, os.SEEK_SET)
+        if recording.durable:
+            # The writer was perhaps killed between its last entry and the syncs that make it durable.
+            os.fsync(index.fd)
+            _sync_folder(path.parent)
         recording._allocated = os.fstat(data.fd).st_size
         return recording
 
@@ -174,6 +186,7 @@ class Recording:
             offset, length, crc, kind, check = _ENTRY.unpack_from(raw, position)
             if check != _entry_check(offset, length, crc, kind):
                 break
+            self.durable = kind == _END
             if kind == _DATA:
                 self._remove(offset, offset + length)  # a drop may have gone unlogged
                 self.publish([Extent(offset, offset + length, crc)])
@@ -192,6 +205,7 @@ class Recording:
         Blocks. Raises OSError, and then nothing of `runs` counts.
         """
         extents: list[Extent] = []
+        self.durable = False
         for offset, view in runs:
             self._allocate(offset, len(view))
             _pwrite_all(self._data.fd, view, offset)
@@ -209,9 +223,9 @@ class Recording:
     def _allocate(self, offset: int, length: int) -> None:
         """fallocate ahead of sequential appends: 2.4 times faster than letting each write extend the file."""
         end = offset + length
-        if self.windowed or offset > self._allocated or end <= self._allocated or length < BLOCK:
+        if not self.ahead or offset > self._allocated or end <= self._allocated or length < BLOCK:
             return  # sparse, small, or there already
-        ahead = min(max(length, self._allocated), 16 << 20)
+        ahead = min(max(length, self._allocated), self.ahead)
         try:
             # This moves the file's end past its content; `complete` cuts the file to its size.
             os.posix_fallocate(self._data.fd, self._allocated, end - self._allocated + ahead)
@@ -224,16 +238,20 @@ class Recording:
     def complete(self, size: int) -> None:
         """State that all of 0..size is here and make it durable: data, then index, then the folder. Blocks.
 
-        Raises OSError; then the recording is not complete.
+        Raises OSError, also where somebody removed the files; then the recording is not complete.
         """
         os.ftruncate(self._data.fd, size)
+        self._allocated = min(self._allocated, size)
         os.fsync(self._data.fd)
         if self._index is not None and self.path is not None:
             self.log_drops()
             self._log([(size, 0, 0, _END)])
             os.fsync(self._index.fd)
+            _check_named(self.path, self._data.fd)
+            _check_named(_index_path(self.path), self._index.fd)
             _sync_folder(self.path.parent)
         self.size = size
+        self.durable = not self._drops  # a reader may have found damage meanwhile
 
     def log_drops(self) -> None:
         """Write to the index what `drop` took back. One thread at a time, as `append`. Raises OSError; then it is
@@ -283,7 +301,9 @@ class Recording:
         """Take start..stop back, whole extents only: those that overlap it no longer count, and are returned. The
         index learns of it with `log_drops`."""
         removed = self._remove(start, stop)
-        self._drops.extend(removed)
+        if removed:
+            self.durable = False
+            self._drops.extend(removed)
         return removed
 
     def _remove(self, start: int, stop: int) -> list[Extent]:
@@ -349,13 +369,19 @@ class Recording:
 
     @property
     def disk_bytes(self) -> int:
-        """Disk space the data file takes now, in bytes."""
-        return os.fstat(self._data.fd).st_blocks * 512
+        """Disk space the data and the index take now, in bytes."""
+        files = (self._data,) if self._index is None else (self._data, self._index)
+        return sum(os.fstat(file.fd).st_blocks * 512 for file in files)
 
     def unlink(self) -> None:
         """Remove both names. Open readers keep what they hold. Raises OSError other than "not there"."""
         if self.path is not None:
             unlink_recording(self.path)
+
+
+def disk_bytes(path: Path) -> int:
+    """Disk space that the recording whose data file is `path` takes, in bytes. Raises OSError."""
+    return sum(file.stat().st_blocks * 512 for file in (path, _index_path(path)))
 
 
 def unlink_recording(path: Path) -> None:
@@ -396,6 +422,12 @@ def _read_all(fd: int) -> bytes:
     while chunk := os.read(fd, 1 << 20):
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _check_named(path: Path, fd: int) -> None:
+    """Raises OSError where `path` does not lead to the open file."""
+    if not os.path.samestat(path.stat(), os.fstat(fd)):
+        raise FileNotFoundError(errno.ENOENT, "another file has taken its place", str(path))
 
 
 def _sync_folder(folder: Path) -> None:
