@@ -28,6 +28,7 @@ from streamfs.errors import (
     NameTooLong,
     NoAttribute,
     NotDirectory,
+    NotEmpty,
     NotFound,
     NotPermitted,
     SourceChanged,
@@ -68,7 +69,9 @@ class Attributes:
 
 
 class Opened(NamedTuple):
-    """`direct`: the length is unknown, so the kernel must not cache and must pass every read on."""
+    """`direct`: the kernel must not cache and must pass every read on. So it is while the length is unknown, and while
+    bytes of a one-way source still come in: a page of the cache is there as a whole or not at all, and bytes that
+    have arrived would wait for those that have not."""
 
     handle: int
     direct: bool
@@ -234,7 +237,7 @@ class FileSystem:
             raise
         number = next(self._numbers)
         self._handles[number] = (handle, file)
-        return Opened(number, direct=handle.size is None)
+        return Opened(number, direct=handle.incoming)
 
     def _bind(self, file: File, handle: Handle) -> None:
         """Make sure that the inode and the handle mean the same version, now and for good."""
@@ -372,7 +375,8 @@ class FileSystem:
                 self._tree.add(entry, keep_folders=keep_folders)
 
     async def move(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, replace: bool) -> None:
-        """`mv` in the mount, as rename(2). Raises NotFound, AlreadyExists, IsDirectory, NotDirectory, NameTooLong."""
+        """`mv` in the mount, as rename(2). Raises NotFound, AlreadyExists, IsDirectory, NotDirectory, NotEmpty,
+        NameTooLong."""
         _check_length(new_name)
         source, target = self._folder(parent), self._folder(new_parent)
         node = self._tree.child(source, name)
@@ -383,8 +387,10 @@ class FileSystem:
             raise IsDirectory("the name is a folder's")
         if isinstance(there, File) and isinstance(node, Folder):
             raise NotDirectory("the name is a file's")
+        if isinstance(there, Folder) and there is not node and not is_bare(there):
+            raise NotEmpty("the folder of that name is not empty")
         old, new = self._tree.path_of(source, name), self._tree.path_of(target, new_name)
-        if isinstance(node, Folder) and is_bare(node) and (not isinstance(there, Folder) or is_bare(there)):
+        if isinstance(node, Folder) and is_bare(node):
             self._tree.move(node, check_name(new), keep_folders=True)  # the catalogue knows nothing of it
         else:
             await self.rename(old, new, replace=replace, keep_folders=True)

@@ -156,6 +156,21 @@ def test_writing_is_refused_and_changes_nothing(known: bool, call: str, posix: P
     assert path.read_bytes() == DATA
 
 
+def test_making_what_is_there_already_is_refused_as_posix_says(posix: Posix, folder: str) -> None:
+    path = posix.file(f"{folder}/file", DATA)
+    with opened(path, os.O_CREAT) as fd:
+        assert os.pread(fd, 4, 0) == DATA[:4]
+    for call in (
+        lambda: os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL),
+        lambda: os.mkdir(path),
+        lambda: os.mkdir(path.parent),
+        lambda: os.mkfifo(path),
+        lambda: os.symlink("x", path),
+    ):
+        with fails(errno.EEXIST):
+            call()
+
+
 def test_a_descriptor_for_reading_does_not_write(posix: Posix, folder: str) -> None:
     with opened(posix.file(f"{folder}/file", DATA)) as fd:
         for call in (
@@ -424,8 +439,17 @@ def test_a_folder_moves_neither_into_itself_nor_over_others(posix: Posix, folder
     top = posix.mountpoint / folder
     with fails(errno.EINVAL):
         os.rename(top / "one", top / "one" / "inside")
-    with fails(errno.ENOTEMPTY, errno.EEXIST):
+    with fails(errno.ENOTEMPTY):
         os.rename(top / "one", top / "two")
+    os.unlink(posix.file(f"{folder}/empty/x"))
+    with fails(errno.ENOTEMPTY):
+        os.rename(top / "empty", top / "two")
+    os.rename(top / "empty", top / "moved")
+    os.unlink(posix.file(f"{folder}/other/x"))
+    os.rename(top / "moved", top / "other")
+    assert os.listdir(top / "other") == []
+    os.rename(top / "one", top / "other")
+    os.rename(top / "other", top / "one")
     with fails(errno.ENOTDIR):
         os.rename(top / "one", file)
     with fails(errno.EISDIR):
