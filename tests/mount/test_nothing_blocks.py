@@ -1,0 +1,236 @@
+"""Readers of stalled streams hold up nobody, and each of them can be stopped alone.
+
+What a blocked crowd leaves of everybody else's speed is printed (pytest -s), not judged: the tests prove that
+everything goes on while all of the crowd are still blocked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from tests.mount.crowd import Mode
+from tests.mount.mounted import Mounted, Tap, end_within, is_alive, wait_for
+from tests.mount.origin import ScriptedOrigin
+
+COUNT = 1000 if int(os.environ.get("STREAMFS_SOAK", "1")) > 1 else 200
+NOBODY = 65534
+PACKAGE = Path(__file__).parents[2]
+MIB = 1 << 20
+
+_AS_NOBODY = f"""
+set -e
+mount --make-rprivate /
+if [ "$1" = raised ]; then mount -t fusectl fusectl /sys/fs/fuse/connections; fi
+if [ "$1" = fixed ] && mountpoint -q /sys/fs/fuse/connections; then umount /sys/fs/fuse/connections; fi
+mknod -m 666 "$2/fuse" c 10 229
+mount --bind "$2/fuse" /dev/fuse
+shift 2
+exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups \\
+    --inh-caps +dac_read_search --ambient-caps +dac_read_search -- "$@"
+"""
+"""An ordinary user's program, in a mount namespace that ends with it. It may read and enter what is only root's, as the
+interpreter may rest there; that has no part in what FUSE allows."""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that an ordinary user can reach too."""
+    with tempfile.TemporaryDirectory(prefix="streamfs-crowd-") as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+def crowd(folder: Path, mode: Mode, count: int, *before: str | Path) -> dict[str, Any]:
+    """Run tests.mount.crowd: what it measured, having checked that all goes on and all ends."""
+    folder.mkdir(exist_ok=True)
+    command = [*before, sys.executable, "-B", "-m", "tests.mount.crowd"]
+    command += ["--folder", folder, "--count", str(count), "--mode", mode]
+    done = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    figures: dict[str, Any] = json.loads(done.stdout)
+    print(f"{mode}, {figures}")
+    assert figures["blocked"] == count
+    return figures
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("mode", ["cached", "direct"])
+def test_everything_goes_on_beside_blocked_readers(mode: Mode, folder: Path) -> None:
+    crowd(folder, mode, COUNT)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("mode", "limit"), [("cached", "raised"), ("cached", "fixed"), ("direct", "fixed")], ids=lambda value: str(value)
+)
+def test_the_same_for_an_ordinary_user_whatever_the_kernels_limit(
+    mode: Mode, limit: Literal["raised", "fixed"], folder: Path
+) -> None:
+    """`fixed`: nobody mounted fusectl, so that the kernel stays at 12 background reads at a time."""
+    place = folder / "nobody"
+    place.mkdir()
+    os.chown(place, NOBODY, NOBODY)
+    as_nobody = ["unshare", "--mount", "sh", "-c", _AS_NOBODY, "sh", limit, str(folder)]
+    assert crowd(place, mode, COUNT // 2, *as_nobody)["uid"] == NOBODY
+
+
+_READER = """
+import os, signal, sys, threading
+path, kind = sys.argv[1:]
+got = []
+def read():
+    fd = os.open(path, os.O_RDONLY)
+    print("reading", flush=True)
+    os.read(fd, 100)
+if kind == "threads":
+    threading.Thread(target=read).start()
+    threading.Event().wait()
+elif kind == "opened by a thread that ended":
+    def opening():
+        got.append(os.open(path, os.O_RDONLY))
+    opener = threading.Thread(target=opening)
+    opener.start()
+    opener.join()
+    print("reading", flush=True)
+    os.read(got[0], 100)
+elif kind == "page fault":
+    import mmap
+    fd = os.open(path, os.O_RDONLY)
+    mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
+    print("reading", flush=True)
+    mapped[0]
+else:
+    read()
+"""
+_DEFAULT = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+
+
+def stalled(fs: Mounted, origin: ScriptedOrigin, tap: Tap, mode: Mode) -> Path:
+    if mode == "direct":
+        return fs.add("stalled", *tap.argv)
+    return fs.add("stalled", "--no-probe", origin.add("stalled", MIB, stall_at=1).url)
+
+
+def reading(fs: Mounted, path: Path, kind: str) -> subprocess.Popen[bytes]:
+    """A program that waits for bytes of `path`."""
+    program = fs.python(_DEFAULT + _READER, path, kind)
+    assert program.stdout is not None
+    assert program.stdout.readline() == b"reading\n"
+    wait_for(lambda: _waits_in_the_mount(program.pid), "it waits for bytes")
+    return program
+
+
+def _waits_in_the_mount(pid: int) -> bool:
+    """Whether a thread of the process sleeps in a request to a FUSE daemon, or for a page that one brings."""
+    stacks = [(task / "wchan").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return any("fuse" in stack or "folio" in stack or "request" in stack for stack in stacks)
+
+
+KINDS = ["one thread", "threads", "opened by a thread that ended", "page fault"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["cached", "direct"])
+def test_a_blocked_program_ends_when_it_is_told_to_and_no_other(
+    mode: Mode, kind: str, number: signal.Signals, fs: Mounted, origin: ScriptedOrigin, tap: Tap
+) -> None:
+    if mode == "direct" and kind == "page fault":
+        pytest.skip("a file of unknown length cannot be mapped: its size is 0")
+    path = stalled(fs, origin, tap, mode)
+    other = fs.start(["cat", path])
+    wait_for(lambda: _waits_in_the_mount(other.pid), "another waits for bytes")
+    told = reading(fs, path, kind)
+    told.send_signal(number)
+    assert end_within(told, 10) == -number
+    assert other.poll() is None
+    wait_for(lambda: fs.xattr("stalled", "readers") == "1", "its file is closed")
+    if mode == "direct":
+        tap.write(b"at last")
+        wait_for(lambda: fs.buffered("stalled") == 7, "it has arrived")
+        tap.close()
+        assert other.communicate(timeout=20)[0] == b"at last"
+    else:
+        document = origin.documents["stalled"]
+        document.go.set()
+        assert other.communicate(timeout=20)[0] == document.bytes()
+    assert other.returncode == 0
+
+
+_HANDLER = """
+import os, signal, sys
+said = []
+signal.signal(signal.SIGUSR1, lambda *_: os.write(2, b"handled\\n"))
+signal.siginterrupt(signal.SIGUSR1, False)
+fd = os.open(sys.argv[1], os.O_RDONLY)
+print("reading", flush=True)
+data = b""
+while part := os.read(fd, 65536):
+    data += part
+sys.stdout.buffer.write(data)
+"""
+
+
+@pytest.mark.parametrize("mode", ["cached", "direct"])
+def test_a_program_that_handles_its_signals_goes_on_reading(
+    mode: Mode, fs: Mounted, origin: ScriptedOrigin, tap: Tap
+) -> None:
+    path = stalled(fs, origin, tap, mode)
+    program = fs.python(_HANDLER, path)
+    assert program.stdout is not None
+    assert program.stdout.readline() == b"reading\n"
+    wait_for(lambda: _waits_in_the_mount(program.pid), "it waits for bytes")
+    for _ in range(3):
+        program.send_signal(signal.SIGUSR1)
+        wait_for(lambda: _waits_in_the_mount(program.pid), "it waits again")
+    if mode == "direct":
+        tap.write(b"at last")
+        wait_for(lambda: fs.buffered("stalled") == 7, "it has arrived")
+        tap.close()
+        expected = b"at last"
+    else:
+        document = origin.documents["stalled"]
+        expected = document.bytes()
+        document.go.set()
+    output, errors = program.communicate(timeout=20)
+    assert output == expected
+    assert b"handled" in errors
+    assert program.returncode == 0
+
+
+class TestAFileThatWasPassedOn:
+    """Who reads is not who opened, and the kernel tells only who opened: such a reader is sure to end with the stream
+    or the daemon, and not sooner."""
+
+    PASS_ON = 'exec 3< "$0"; cat <&3 & echo $!'  # then the shell, which opened it, ends
+
+    def heir(self, fs: Mounted, path: Path) -> int:
+        shell = fs.start(["sh", "-c", self.PASS_ON, path])
+        assert shell.stdout is not None
+        pid = int(shell.stdout.readline())
+        wait_for(lambda: shell.poll() is not None, "the opener has ended")
+        wait_for(lambda: _waits_in_the_mount(pid), "the heir waits")
+        return pid
+
+    @pytest.mark.parametrize("mode", ["cached", "direct"])
+    def test_its_reader_ends_with_the_daemon(self, mode: Mode, fs: Mounted, origin: ScriptedOrigin, tap: Tap) -> None:
+        pid = self.heir(fs, stalled(fs, origin, tap, mode))
+        fs.umount("--lazy")
+        wait_for(lambda: not is_alive(pid), "the heir ends", within=10)
+
+    def test_its_reader_ends_when_the_stream_fails(self, fs: Mounted, tap: Tap) -> None:
+        pid = self.heir(fs, fs.add("stalled", "--stall-timeout", "1s", *tap.argv))
+        wait_for(lambda: not is_alive(pid), "the heir ends", within=10)
