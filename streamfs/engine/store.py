@@ -211,7 +211,11 @@ class Store:
         """The first so many bytes of each segment are on disk: they are read from there from now on, and the pieces
         go back to the pool."""
         if self.recording is not None:  # None: closed while they were being written
-            self.recording.publish(extents)
+            try:
+                self.recording.publish(extents)
+            except BaseException:
+                self.not_spilled([segment for segment, _ in runs])
+                raise
         for segment, count in runs:
             segment.spilling = False
             if segment.sealed and count == segment.filled:
