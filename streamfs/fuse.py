@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import FileHandleT, FileNameT, InodeT, RequestContext, XAttrNameT
 
 from streamfs.errors import NotFound, StreamfsError
@@ -20,6 +21,9 @@ from streamfs.interrupts import Interrupts
 
 log = logging.getLogger(__name__)
 
+AHEAD_PATIENCE = 0.1
+"""Seconds a read of several pages for the kernel's cache waits for its last byte; then the kernel comes again for the
+single pages that programs wait for. Long enough for a request to most servers; a guess."""
 _NANOSECONDS = 10**9
 _Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
 
@@ -180,9 +184,12 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EAGAIN)  # no program sees this: the kernel comes again for single pages
         self._ahead += 1
         try:
-            return await self._fs.read(fh, off, size)
+            with trio.move_on_after(AHEAD_PATIENCE):
+                return await self._fs.read(fh, off, size)
         finally:
             self._ahead -= 1
+        # Some of its pages may be there, and must not wait for the others.
+        raise pyfuse3.FUSEError(errno.EAGAIN)
 
     @_guarded
     async def poll(

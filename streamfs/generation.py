@@ -497,10 +497,12 @@ class Generation:
 
     @property
     def state(self) -> State:
-        if self.settled or (self.buffer.complete and not self.kept):
+        if self.settled:
             return "complete"
         if self.buffer.failure is not None or self.buffer.damaged:
-            return "failed"
+            return "failed"  # also where all declared bytes are here, and the source sent more
+        if self.buffer.complete and not self.kept:
+            return "complete"
         if self._scopes:
             return "paused" if all(fetch.resting for fetch in self._scopes) else "live"
         return "live" if self.plan.greedy or self.buffer.complete else "idle"

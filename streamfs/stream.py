@@ -174,7 +174,7 @@ class Stream:
         if scope.cancelled_caught:
             raise again(self._ended or Closed("streamfs is shutting down"))
         generation = handle.generation
-        if self.entry.spec.options.size_policy == "wait" and generation.buffer.size is None:
+        if self.entry.spec.options.size_policy == "wait" and handle.incoming:
             try:
                 await generation.fetch_all(self.entry.spec.stall_timeout or WAIT_FOR_END)
             except BaseException:
