@@ -137,6 +137,7 @@ class Stream:
         """Why the last attempt to open, fetch or persist failed."""
         self._orphans: list[Generation] = []  # evicted or removed, but still read
         self._opening = trio.Lock()
+        self._refused: tuple[float, StreamfsError] | None = None  # when the last attempt to open began, if it failed
         self._opens: set[trio.CancelScope] = set()  # of those who wait in `open`
         self._ended: StreamfsError | None = None
         """Why it cannot be opened any more: the stream was removed, or the daemon ends."""
@@ -166,8 +167,7 @@ class Stream:
         with trio.CancelScope() as scope:
             self._opens.add(scope)
             try:
-                async with self._opening:
-                    handle = Handle(self, await self._current())
+                handle = await self._open_in_turn(time.monotonic())
             finally:
                 self._opens.discard(scope)
                 self._unread.set()
@@ -181,6 +181,19 @@ class Stream:
                 handle.close()
                 raise
         return handle
+
+    async def _open_in_turn(self, asked: float) -> Handle:
+        """Who waited in line takes the failure of an attempt that began after it came: else each in a long line would
+        wait anew for a source that does not answer."""
+        async with self._opening:
+            if self._refused is not None and self._refused[0] >= asked:
+                raise again(self._refused[1])
+            began, self._refused = time.monotonic(), None
+            try:
+                return Handle(self, await self._current())
+            except StreamfsError as error:
+                self._refused = (began, error)
+                raise
 
     async def _current(self) -> Generation:
         try:
