@@ -190,7 +190,7 @@ async def run(home: Path, point: Point, at: int, fault: str) -> Injected:
             await fs.add([spec_of("other")])
             results: list[int] = []
 
-            async def beside() -> None:
+            async def beside(fs: FileSystem = fs) -> None:
                 results.append(await read_all(fs, "other", served["other"].content()))
 
             async with trio.open_nursery() as nursery:
