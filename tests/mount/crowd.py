@@ -32,7 +32,7 @@ from tests.faults.origin import content
 from tests.mount.mounted import Mounted, checked, is_alive, wait_for
 
 MIB = 1 << 20
-SIZE = 10**6
+SIZE = 2 * 10**6
 """Bytes a stalled reply declares."""
 HEALTHY = 32 * MIB
 ROUNDS = 100
@@ -46,6 +46,8 @@ class StallingOrigin:
 
     def __init__(self) -> None:
         self.requests = 0
+        self.sent = 0
+        """Bytes of body that clients asked for and got."""
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._ready = threading.Event()
@@ -73,6 +75,7 @@ class StallingOrigin:
                 status = f"206 Part\r\nContent-Range: bytes {start}-{stop - 1}/{SIZE}" if asked else "200 OK"
                 writer.write(f'HTTP/1.1 {status}\r\nContent-Length: {stop - start}\r\nETag: "1"\r\n\r\n'.encode())
                 if path.startswith("plays/"):
+                    self.sent += stop - start
                     writer.write(content(path, 0, start, stop))
                     await writer.drain()
                 else:
