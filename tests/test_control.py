@@ -414,7 +414,8 @@ def _ask_as(uid: int, path: Path, answer: Any) -> None:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(10)
             connection.connect(str(path))
-            connection.sendall(wire.pack(wire.Request("echo"), wire.MAX_REQUEST))
+            with contextlib.suppress(BrokenPipeError):  # the refusal may come before the request
+                connection.sendall(wire.pack(wire.Request("echo"), wire.MAX_REQUEST))
             answer.put(connection.recv(65536))
     except OSError as error:
         answer.put(type(error).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -68,7 +69,8 @@ class Client:
         message = wire.pack(wire.Request(method, msgspec.to_builtins(params)), wire.MAX_REQUEST)
         try:
             self._socket.settimeout(self._timeout)
-            self._socket.sendall(message)
+            with contextlib.suppress(BrokenPipeError):  # refused before we asked: the reply says why
+                self._socket.sendall(message)
             while True:
                 size = wire.body_size(self._receive(wire.PREFIX.size), wire.MAX_REPLY)
                 reply = wire.unpack_reply(self._receive(size))
