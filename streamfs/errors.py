@@ -135,3 +135,12 @@ class NoAttribute(StreamfsError):
     """No extended attribute of that name (ENODATA)."""
 
     errno: ClassVar[int] = _errno.ENODATA
+
+
+def told(error: StreamfsError) -> StreamfsError:
+    """What to keep of an error that was handled: its kind and text. Its traceback and causes would keep alive whatever
+    the frames hold: buffers, descriptors."""
+    copy = type(error).__new__(type(error))
+    copy.args = error.args
+    copy.__dict__.update(error.__dict__)
+    return copy

@@ -25,7 +25,7 @@ from streamfs.engine.fetches import FIRST_AHEAD, Fetch, FetchPlan
 from streamfs.engine.pool import LARGE
 from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.engine.state import again
-from streamfs.errors import NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError
+from streamfs.errors import NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError, told
 from streamfs.sources.base import Body, Facts, Source
 from streamfs.spec import parse_window
 
@@ -298,7 +298,7 @@ class Generation:
             ended, self._fetch_ended = self._fetch_ended, trio.Event()
             ended.set()
             if error is not None and not self.buffer.doomed:
-                self.buffer.fail(error)
+                self.buffer.fail(told(error))
             else:
                 self.buffer.wake_all()  # those that this fetch was to serve ask for another
 

@@ -28,6 +28,7 @@ from streamfs.errors import (
     SourceChanged,
     SourceFailed,
     StreamfsError,
+    told,
 )
 from streamfs.generation import Context, Generation, State
 from streamfs.sources.base import Body, Facts, Source
@@ -133,8 +134,7 @@ class Stream:
         self.source = source
         self.context = context
         self.generation: Generation | None = None
-        self.error: StreamfsError | None = None
-        """Why the last attempt to open, fetch or persist failed."""
+        self._error: StreamfsError | None = None
         self._orphans: list[Generation] = []  # evicted or removed, but still read
         self._opening = trio.Lock()
         self._refused: tuple[float, StreamfsError] | None = None  # when the last attempt to open began, if it failed
@@ -146,6 +146,15 @@ class Stream:
         self._last_number = entry.facts_generation
         self._token = trio.lowlevel.current_trio_token()
         self._unanswered = float("-inf")  # when, by time.monotonic(), the source was last asked in vain
+
+    @property
+    def error(self) -> StreamfsError | None:
+        """Why the last attempt to open, fetch or persist failed."""
+        return self._error
+
+    @error.setter
+    def error(self, error: StreamfsError | None) -> None:
+        self._error = None if error is None else told(error)
 
     @property
     def key(self) -> str:
