@@ -1,0 +1,241 @@
+"""The documentation says what the code is: tests that exist, attributes, options and numbers that agree."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+import streamfs
+from streamfs import cache, filesystem, fuse, generation, spec, stream, xattrs
+from streamfs.cli.app import cli
+from streamfs.engine import fetches
+from streamfs.sources import addresses, curl, http, plain, replies
+from streamfs.spec import MountOptions
+
+ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests"
+README = (ROOT / "README.md").read_text()
+SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
+PAGE, PROOFS = SEMANTICS.split("\n## The tests\n")
+LABEL = re.compile(r"\[\^([a-z-]+)\]")
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+def paragraphs() -> list[str]:
+    """The paragraphs that say what a file does; a table belongs to the sentence below it."""
+    _, *sections = re.split(r"^## .*\n", PAGE, flags=re.MULTILINE)
+    found = [part.strip() for section in sections for part in section.split("\n\n")]
+    return [part for part in found if part and not part.startswith("|")]
+
+
+def proofs() -> dict[str, list[str]]:
+    """The tests of each label, as path::name."""
+    _, *definitions = re.split(r"^\[\^", PROOFS, flags=re.MULTILINE)
+    return {text.split("]:")[0]: re.findall(r"`([^`]+)`", text) for text in definitions}
+
+
+def names_of_tests(path: Path) -> set[str]:
+    """Names of the test functions of a file, those of classes as Class::name."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+            methods = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
+            found |= {f"{node.name}::{method.name}" for method in methods}
+    return {name for name in found if name.rpartition(":")[2].startswith("test_")}
+
+
+def prose(text: str) -> str:
+    """One line, without the small numbers."""
+    return " ".join(LABEL.sub("", text).split())
+
+
+def test_every_paragraph_of_the_semantics_names_its_tests() -> None:
+    assert len(paragraphs()) > 30
+    known = proofs()
+    for paragraph in paragraphs():
+        labels = LABEL.findall(paragraph)
+        assert labels, f"no test is named at the end of: {paragraph}"
+        assert paragraph.endswith("]"), f"its tests are not named at the end of: {paragraph}"
+        assert all(known.get(label) for label in labels), f"no test behind {labels}"
+
+
+def test_every_proof_belongs_to_a_paragraph() -> None:
+    labels = LABEL.findall(PAGE)
+    assert sorted(labels) == sorted(proofs())
+    assert len(set(labels)) == len(labels)
+
+
+def test_every_test_that_the_semantics_name_exists() -> None:
+    for label, names in proofs().items():
+        for name in names:
+            file, _, test = name.partition("::")
+            assert (TESTS / file).is_file(), f"{label}: there is no {file}"
+            assert test in names_of_tests(TESTS / file), f"{label}: there is no {test} in {file}"
+
+
+def test_the_table_of_attributes_has_them_all_and_no_others() -> None:
+    section = PAGE.split("## Extended attributes")[1]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    full = ["user.streamfs" + name if name.startswith(".") else name for name in named]
+    assert sorted(full) == sorted(xattrs._READERS)
+
+
+def test_every_attribute_that_the_pages_name_exists() -> None:
+    pages = [README, *(path.read_text() for path in (ROOT / "docs").rglob("*.md"))]
+    for name in {name for page in pages for name in re.findall(r"user\.[a-z0-9_.]*[a-z0-9]", page)}:
+        assert name in xattrs._READERS, name
+
+
+@pytest.mark.parametrize("command", ["add", "mount", "umount"])
+def test_every_option_is_documented(command: str) -> None:
+    for parameter in cli.commands[command].params:
+        if isinstance(parameter, click.Option):
+            named = [option for option in parameter.opts if re.search(rf"`[^`]*{option}\b[^`]*`", README + PAGE)]
+            assert named, f"neither page names {parameter.opts}"
+
+
+def test_every_option_that_the_pages_name_exists() -> None:
+    known = {option for command in cli.commands.values() for parameter in command.params for option in parameter.opts}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README + PAGE))
+    assert named <= known | {"--help"}, named - known
+
+
+def test_every_command_is_documented() -> None:
+    for name in cli.commands:
+        assert re.search(rf"`(streamfs )?{name}\b|\n\| .*`{name}\b", README), name
+
+
+def of_bytes(count: int | None) -> str:
+    assert count is not None
+    for unit, step in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if count % step == 0:
+            return f"{count // step} {unit}"
+    return f"{count} bytes"
+
+
+OPTIONS = MountOptions()
+LEAST, MOST = of_bytes(fetches.LEAST_GAP), of_bytes(fetches.MOST_GAP)
+TOO_SOON = " and ".join(", ".join(str(code) for code in sorted(replies.RETRYABLE)).rsplit(", ", 1))
+EXPIRED = " or ".join(", ".join(str(code) for code in sorted(replies.REFRESHABLE)).rsplit(", ", 1))
+NUMBERS = [
+    f"if there are at most {filesystem.PROBES_AT_START} of them",
+    f"a kernel read-ahead that waits longer than {fuse.AHEAD_PATIENCE:g} s is turned away",
+    f"no byte arrives for the stall timeout, or for {stream.WAIT_FOR_END:g} s where there is none",
+    f"by {of_bytes(fetches.FIRST_AHEAD)} at first",
+    f"at most `--read-ahead` ({of_bytes(OPTIONS.read_ahead)})",
+    f"At most {fetches.MOST_FETCHES} fetches of one file",
+    f"between {LEAST} and {MOST}",
+    f"a resting one of a file that is open does so after {generation.IDLE:g} s",
+    f"No byte for the stall timeout ({spec.DEFAULT_STALL_TIMEOUT:g} s for URLs",
+    f"the answer is younger than {stream.FRESH:g} s",
+    f"if the source cannot be reached within {stream.REVALIDATE:g} s",
+    f"up to {http.ATTEMPTS} attempts in a row without a new byte",
+    f"({http.FIRST_ATTEMPTS} where the first open cannot even connect, {http.PROBE_ATTEMPTS} for a probe)",
+    f"{http.BACKOFF_FIRST:g} s to {http.BACKOFF_CAP:g} s apart",
+    f"honoured up to {http.RETRY_AFTER_CAP:g} s",
+    f"4xx answers other than {TOO_SOON} are not tried again",
+    f"At most {addresses.MAX_REDIRECTS} redirects",
+    f"kept for {addresses.RESOLVED_SECONDS:g} s",
+    f"the end of a redirect chain for {http.LANDING_SECONDS:g} s",
+    f"when the URL answers {EXPIRED} and",
+    f"for {plain.IDLE_SECONDS:g} s after their last reply",
+    f"one host has at most {plain.CONNECTIONS_PER_HOST} at a time",
+    f"`{curl.KNOWN_HOSTS_VARIABLE}`",
+    f"Up to `--spill-threshold` ({of_bytes(OPTIONS.spill_threshold)})",
+    f"at most `--memory` ({of_bytes(OPTIONS.memory)})",
+    f"at most `--cache-size` ({of_bytes(OPTIONS.cache_size)})",
+    f"leaves {of_bytes(cache.FREE_FLOOR)} of its file system free",
+    f"nobody used for `--ttl` ({OPTIONS.ttl / 3600:g} h)",
+]
+
+
+@pytest.mark.parametrize("phrase", NUMBERS)
+def test_the_numbers_of_the_semantics_are_those_of_the_code(phrase: str) -> None:
+    assert phrase in prose(PAGE)
+
+
+def test_half_a_second_is_how_long_an_unneeded_fetch_lingers() -> None:
+    assert generation.LINGER == 0.5
+    assert "gives its connection back after half a second" in prose(PAGE)
+
+
+def test_both_transports_take_the_same_number_of_connections() -> None:
+    assert curl.HOST_CONNECTIONS == plain.CONNECTIONS_PER_HOST
+
+
+@pytest.mark.parametrize(
+    ("option", "default"),
+    [
+        ("--memory", of_bytes(OPTIONS.memory)),
+        ("--spill-threshold", of_bytes(OPTIONS.spill_threshold)),
+        ("--read-ahead", of_bytes(OPTIONS.read_ahead)),
+        ("--cache-size", f"{of_bytes(OPTIONS.cache_size)}, {OPTIONS.ttl / 3600:g}h"),
+    ],
+)
+def test_the_defaults_of_the_readme_are_those_of_the_code(option: str, default: str) -> None:
+    row = next(line for line in README.splitlines() if line.startswith("| `--") and option in line)
+    assert row.split("|")[-2].strip() == re.sub(r"(\d) ([KMG]iB)", r"\1\2", default)
+
+
+def test_the_transforms_are_all_named() -> None:
+    section = PAGE.split("## Transforms")[1].split("## ")[0]
+    assert all(f"`{name}`" in section for name in spec.TRANSFORMS)
+
+
+def test_the_map_of_the_package_names_every_module() -> None:
+    assert streamfs.__doc__ is not None
+    words = set(re.findall(r"[a-z_]+", streamfs.__doc__.split("The map")[1]))
+    package = Path(streamfs.__file__).parent
+    modules = {path.stem for path in package.glob("*.py")} | {
+        path.parent.name for path in package.glob("*/__init__.py")
+    }
+    assert modules - {"__init__", "__main__"} <= words
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_the_names_of_code_in_the_pages_exist(page: str) -> None:
+    """`module.name` and `Class.name` in backticks, and paths of modules."""
+    text = (ROOT / "docs" / page).read_text()
+    for path in re.findall(r"`((?:streamfs|tests|scripts)/[^`*…]+)`", text):
+        assert (ROOT / path).exists(), path
+    places = _classes()
+    for owner, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", text):
+        if owner in places:
+            assert re.search(rf"\b{name}\b", places[owner]), f"{owner} has no {name}"
+
+
+def _classes() -> dict[str, str]:
+    """The source of each class of the package."""
+    found = {}
+    for path in Path(streamfs.__file__).parent.rglob("*.py"):
+        source = path.read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef):
+                found[node.name] = ast.get_source_segment(source, node) or ""
+    return found
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_library_example_of_the_readme_works() -> None:
+    example = README.split("```python\n")[1].split("```")[0]
+    content = bytes(range(256)) * 8000
+    names: dict[str, object] = {"chunks_of_bytes": [content[at : at + 9999] for at in range(0, len(content), 9999)]}
+    lines = re.sub(r"^    (buffer\S*.*?)  #", r"    results.append(\1)  #", example, flags=re.MULTILINE)
+    names["results"] = results = []
+    exec(compile(lines, "README.md", "exec"), names)
+    assert results == [content[1_000_000:1_004_096], content[-10:]]
+    assert names["StreamBuffer"] is importlib.import_module("streamfs").StreamBuffer
