@@ -4,7 +4,7 @@ The data file holds every byte at its own offset in the stream, sparse where not
 append-only: a header that names the stream, the generation and its facts, then fixed-size entries. A DATA entry
 carries a CRC32C over key, generation, offset and data, so that no byte of another stream, version or place can be
 taken for this one; a DROP entry takes a range back; an END entry states the proven size. Each entry carries a
-checksum of its own: loading stops at the first torn one and cuts the file there.
+checksum of its own, over key and generation too: loading stops at the first torn one and cuts the file there.
 
 Nothing needs the order in which the kernel writes the two files: an entry whose data did not reach the disk fails
 its checksum when read. Only `complete` makes durable promises, and it syncs data, index and folder in that order.
@@ -33,7 +33,8 @@ BLOCK = 64 * 1024
 """Most bytes one DATA entry covers; extents end at multiples of it. Reading one byte from disk checks one extent:
 64 KiB cost some 10 microseconds, and a GiB takes 512 KiB of index."""
 
-_MAGIC = b"streamfs recording 1\n"
+_MAGIC = b"streamfs recording 2\n"
+_SALT = 8  # random bytes in the head of each index
 _ENTRY = struct.Struct("<QQIII4x")  # offset, length, CRC of the data, kind, CRC of the entry
 _DATA, _DROP, _END = 1, 2, 3
 
@@ -92,7 +93,7 @@ class Recording:
     `drop`, `extents`) is guarded by the lock of the buffer that owns the recording.
     """
 
-    def __init__(self, data: _File, index: _File | None, header: Header, path: Path | None) -> None:
+    def __init__(self, data: _File, index: _File | None, header: Header, path: Path | None, salt: bytes = b"") -> None:
         self.header = header
         self.path = path  # of the data file; None where it is anonymous
         self.size: int | None = None  # proven by an END entry
@@ -100,7 +101,7 @@ class Recording:
         """Whether `complete` has come to its end, and nothing was written or taken back since."""
         self._data = data
         self._index = index
-        self._seed = crc32c(f"{header.key}\0{header.generation}\0".encode())
+        self._seed = crc32c(f"{header.key}\0{header.generation}\0".encode() + salt)
         self._starts = array("Q")  # INVARIANT: sorted; extents are disjoint
         self._stops = array("Q")
         self._crcs = array("I")
@@ -124,9 +125,10 @@ class Recording:
         data = _File(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         index = _File(index_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         encoded = msgspec.json.encode(header)
-        head = _MAGIC + struct.pack("<II", len(encoded), crc32c(encoded)) + encoded
-        _write_all(index.fd, head)
-        return cls(data, index, header, path)
+        # Two recordings of one name and generation are told apart, too, should blocks of a removed one show through.
+        salt = os.urandom(_SALT)
+        _write_all(index.fd, _MAGIC + struct.pack("<II", len(encoded), crc32c(salt + encoded)) + salt + encoded)
+        return cls(data, index, header, path, salt)
 
     @classmethod
     def anonymous(cls, folder: str | os.PathLike[str]) -> Recording:
@@ -156,18 +158,19 @@ class Recording:
         except FileNotFoundError:
             return None
         raw = _read_all(index.fd)
-        fixed = len(_MAGIC) + 8
+        fixed = len(_MAGIC) + 8 + _SALT
         if len(raw) < fixed or not raw.startswith(_MAGIC):
             return None
         length, check = struct.unpack_from("<II", raw, len(_MAGIC))
         encoded = raw[fixed : fixed + length]
-        if len(encoded) != length or crc32c(encoded) != check:
+        salt = raw[fixed - _SALT : fixed]
+        if len(encoded) != length or crc32c(salt + encoded) != check:
             return None
         try:
             header = msgspec.json.decode(encoded, type=Header)
         except msgspec.MsgspecError:
             return None
-        recording = cls(data, index, header, path)
+        recording = cls(data, index, header, path, salt)
         good = recording._replay(raw, fixed + length)
         if good != len(raw):
             os.ftruncate(index.fd, good)
@@ -184,7 +187,7 @@ class Recording:
         """Apply entries from `position`; returns the length of the good prefix."""
         while position + _ENTRY.size <= len(raw):
             offset, length, crc, kind, check = _ENTRY.unpack_from(raw, position)
-            if check != _entry_check(offset, length, crc, kind):
+            if check != self._entry_check(offset, length, crc, kind):
                 break
             self.durable = kind == _END
             if kind == _DATA:
@@ -265,7 +268,7 @@ class Recording:
     def _log(self, entries: Sequence[tuple[int, int, int, int]]) -> None:
         if self._index is None:
             return
-        packed = b"".join(_ENTRY.pack(*entry, _entry_check(*entry)) for entry in entries)
+        packed = b"".join(_ENTRY.pack(*entry, self._entry_check(*entry)) for entry in entries)
         good = os.lseek(self._index.fd, 0, os.SEEK_CUR)
         try:
             _write_all(self._index.fd, packed)
@@ -367,6 +370,10 @@ class Recording:
     def _crc(self, offset: int, data: memoryview) -> int:
         return crc32c(data, crc32c(offset.to_bytes(8, "little"), self._seed))
 
+    def _entry_check(self, offset: int, length: int, crc: int, kind: int) -> int:
+        # Seeded, so that an entry of a removed index that the file system let show through is none of ours.
+        return crc32c(struct.pack("<QQII", offset, length, crc, kind), self._seed)
+
     @property
     def disk_bytes(self) -> int:
         """Disk space the data and the index take now, in bytes."""
@@ -398,10 +405,6 @@ def _damaged(extents: Sequence[Extent], offset: int) -> DamagedExtent:
 
 def _index_path(path: Path) -> Path:
     return path.with_name(path.name + ".index")
-
-
-def _entry_check(offset: int, length: int, crc: int, kind: int) -> int:
-    return crc32c(struct.pack("<QQII", offset, length, crc, kind))
 
 
 def _write_all(fd: int, data: bytes) -> None:
