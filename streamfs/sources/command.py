@@ -379,7 +379,7 @@ def _signal_group(leader: int, signum: signal.Signals) -> None:
 async def _kill_session(leader: int) -> None:
     """Whatever is left of the session gets SIGKILL, and KILL_GRACE to end."""
     with contextlib.ExitStack() as descriptors:
-        if not _session_members(leader, descriptors):
+        if not await _session_members(leader, descriptors):
             return
     _signal_group(leader, signal.SIGKILL)
     with trio.move_on_after(KILL_GRACE):
@@ -391,7 +391,7 @@ async def _signal_until_gone(leader: int, signum: signal.Signals) -> None:
     signalled: set[int] = set()
     while True:
         with contextlib.ExitStack() as descriptors:
-            living = _session_members(leader, descriptors)
+            living = await _session_members(leader, descriptors)
             if not living:
                 return
             for pid, pidfd in living.items():
@@ -409,23 +409,52 @@ def _signal_member(leader: int, pid: int, pidfd: int, signum: signal.Signals) ->
             signal.pidfd_send_signal(pidfd, signal.SIGCONT)
 
 
-def _session_members(leader: int, descriptors: contextlib.ExitStack) -> dict[int, int]:
+async def _session_members(leader: int, descriptors: contextlib.ExitStack) -> dict[int, int]:
     """Process numbers of the session that are alive (zombies are not), each with its pidfd, which `descriptors`
-    closes. One system call a process of the machine: some hundred of them take a fraction of a millisecond."""
+    closes."""
     living = {}
-    for entry in os.listdir("/proc"):  # noqa: PTH208 (half the cost of Path.iterdir, and procfs never waits)
-        if not entry.isdecimal():
-            continue
-        pid = int(entry)
+    for pid in (await _look_at_processes()).get(leader, ()):
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getsid(pid) != leader:
-                continue
             pidfd = os.pidfd_open(pid)
             descriptors.callback(os.close, pidfd)
             # Looked at again through the pidfd: the number may have passed to another process in between.
             if os.getsid(pid) == leader and not _has_ended(pidfd):
                 living[pid] = pidfd
     return living
+
+
+class _Look:
+    """One look at all processes, for everybody who asks before it begins."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.sessions: dict[int, list[int]] = {}  # process numbers by session
+
+
+_next_look: _Look | None = None
+
+
+async def _look_at_processes() -> dict[int, list[int]]:
+    """Process numbers by session, as they are after the call. One system call a process of the machine, so a
+    thousand commands that end together share a look."""
+    global _next_look
+    if _next_look is not None:
+        look = _next_look
+        with trio.CancelScope(shield=True):
+            await look.done.wait()
+        return look.sessions
+    look = _next_look = _Look()
+    try:
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        _next_look = None
+        for entry in os.listdir("/proc"):  # noqa: PTH208 (half the cost of Path.iterdir, and procfs never waits)
+            if entry.isdecimal():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    look.sessions.setdefault(os.getsid(int(entry)), []).append(int(entry))
+    finally:
+        _next_look = None
+        look.done.set()
+    return look.sessions
 
 
 def _has_ended(pidfd: int) -> bool:
