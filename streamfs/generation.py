@@ -215,8 +215,9 @@ class Generation:
 
     @property
     def settled(self) -> bool:
-        """Complete, on disk and durable."""
-        return self._settled and self.buffer.complete
+        """Complete, on disk and durable; not while bytes that were damaged there are mended in memory alone."""
+        recording = self.buffer.recording
+        return self._settled and recording is not None and recording.durable and self.buffer.complete
 
     async def settle(self) -> None:
         """Make the complete bytes durable. Raises as Cache.settle."""

@@ -508,3 +508,29 @@ async def test_an_unforeseen_source_error_does_not_leave_the_stream(tmp_path: Pa
             while stream.error is None:  # noqa: ASYNC110
                 await trio.sleep(0.002)
         assert "internal error" in str(stream.error)
+
+
+async def test_a_persisted_file_is_complete_again_only_when_its_damage_was_mended_on_disk(tmp_path: Path) -> None:
+    origin = Origin(size=MIB)
+    async with a_house(tmp_path) as house:
+        stream = house.stream(origin)
+        persist(house, stream)
+        with trio.fail_after(20):
+            while stream.persisted_path is None:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        path = stream.persisted_path
+        with path.open("r+b") as file:
+            file.seek(300 * KIB)
+            file.write(b"damage")
+        handle = await stream.open()
+        handle.generation.validated = float("-inf")
+        origin.probe_gate = trio.Event()  # persisting, which asks for the version first, comes too late
+        await check(handle, origin, 0, MIB)
+        assert stream.state != "complete"
+        assert stream.persisted_path is None
+        origin.probe_gate.set()
+        with trio.fail_after(20):
+            while stream.persisted_path is None:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert stream.persisted_path.read_bytes() == origin.content()
+        handle.close()
