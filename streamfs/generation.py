@@ -235,13 +235,13 @@ class Generation:
         try:
             while True:
                 gap = self.buffer.first_gap(0)
-                if gap is None:
-                    await self._see_the_end()
-                    return
-                if gap < reached:  # to fetch them again at once would go on for ever
+                if gap is not None and gap < reached:  # to fetch them again at once would go on for ever
                     raise NoSpace(f"no room to keep the whole: {self._context.cache.disk_error or 'bytes were lost'}")
-                reached = gap
                 with trio.move_on_after(progress_within or float("inf")) as patience:
+                    if gap is None:
+                        await self._see_the_end()
+                        return
+                    reached = gap
                     # Whoever counts seconds looks at each arrival; otherwise one wake per piece is enough.
                     await self.buffer.wait_async(gap, 1 if progress_within else LARGE, self.demand)
                 if patience.cancelled_caught:

@@ -534,3 +534,13 @@ async def test_a_persisted_file_is_complete_again_only_when_its_damage_was_mende
                 await trio.sleep(0.01)
         assert stream.persisted_path.read_bytes() == origin.content()
         handle.close()
+
+
+async def test_the_size_policy_wait_ends_where_all_bytes_are_here_but_no_end_comes(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    origin = Origin(size=MIB, ranged=False, told=False, stalls={MIB: trio.Event()})
+    async with a_house(tmp_path) as house:
+        stream = house.stream(origin, command=True, size=MIB, size_policy="wait")
+        with trio.fail_after(200), pytest.raises(SourceStalled):
+            await stream.open()
