@@ -286,6 +286,10 @@ class Stream:
             body = await self.source.open(0, FIRST_AHEAD, None)
             facts = body.facts
         if options.size is not None:
+            if body is not None and facts.size not in (None, options.size):
+                with trio.CancelScope(shield=True):
+                    await body.aclose()
+                raise SourceFailed(f"the source has {facts.size} bytes, but its declared size is {options.size}")
             facts = Facts(options.size, facts.ranged, facts.validator, facts.mime, facts.modified)
         self._part_with_current()
         self._last_number += 1

@@ -544,3 +544,15 @@ async def test_the_size_policy_wait_ends_where_all_bytes_are_here_but_no_end_com
         stream = house.stream(origin, command=True, size=MIB, size_policy="wait")
         with trio.fail_after(200), pytest.raises(SourceStalled):
             await stream.open()
+
+
+async def test_a_declared_size_that_the_source_contradicts_cuts_nothing_off(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    origin = Origin(size=2 * MIB)
+    async with a_house(tmp_path) as house:
+        stream = house.stream(origin, size=MIB)
+        with pytest.raises(SourceFailed, match="declared"):
+            await stream.open()
+        await settled()
+        assert origin.bodies == 0
