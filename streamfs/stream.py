@@ -107,9 +107,10 @@ class Handle:
 
     def ready_at(self, offset: int) -> bool:
         """Whether a read at `offset` would be answered at once, be it by the end or an error."""
-        buffer = self._generation.buffer
-        at_end = buffer.size is not None and offset >= buffer.size
-        return at_end or buffer.failure is not None or buffer.available(offset, 1) > 0
+        try:
+            return self._generation.buffer.missing(offset, 1) is None
+        except StreamfsError:
+            return True
 
     async def wait_until_ready(self) -> None:
         """Wait until a read at `position` would be answered at once. The bytes there are fetched meanwhile."""

@@ -10,7 +10,16 @@ import trio
 import trio.testing
 
 from streamfs.catalog import Entry
-from streamfs.errors import Closed, NotFound, NotPermitted, SourceChanged, SourceFailed, SourceStalled, StreamfsError
+from streamfs.errors import (
+    Closed,
+    NotFound,
+    NotPermitted,
+    OutsideWindow,
+    SourceChanged,
+    SourceFailed,
+    SourceStalled,
+    StreamfsError,
+)
 from streamfs.stream import REVALIDATE, Stream
 from tests.sourcefakes import KIB, MIB, FakeSource, House, Origin, a_house, settled
 from tests.test_generation import check, read_all
@@ -556,3 +565,19 @@ async def test_a_declared_size_that_the_source_contradicts_cuts_nothing_off(
             await stream.open()
         await settled()
         assert origin.bodies == 0
+
+
+async def test_a_read_that_does_not_wait_says_what_a_waiting_one_would(tmp_path: Path) -> None:
+    origin = Origin(size=8 * MIB, ranged=False, told=False, named=False, stalls={8 * MIB: trio.Event()})
+    async with a_house(tmp_path, spill_threshold=64 * KIB) as house:
+        stream = house.stream(origin, window="1MiB")
+        handle = await stream.open()
+        handle.generation.demand(0, 8 * MIB)
+        with trio.fail_after(20):
+            while handle.generation.buffer.available(8 * MIB - 1, 1) == 0:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert handle.ready_at(0)
+        with pytest.raises(OutsideWindow):
+            await handle.read_available(0, 10)
+        assert await handle.read_available(8 * MIB, 10) is None
+        handle.close()
