@@ -86,6 +86,14 @@ class Usage:
     files: int
 
 
+class _Poll:
+    """Waits until a handle is ready, and whom to tell then."""
+
+    def __init__(self, when_ready: Callable[[], None]) -> None:
+        self.when_ready = when_ready
+        self.scope = trio.CancelScope()
+
+
 class FileSystem:
     """One catalogue shown as files. Made inside a running trio; `aclose` it."""
 
@@ -110,7 +118,7 @@ class FileSystem:
         self._removed: dict[int, Stream] = {}  # gone from the catalogue, but still open
         self._handles: dict[int, tuple[Handle, File]] = {}
         self._eager: dict[int, Handle] = {}  # what is held open from the start, by stream id
-        self._polls: dict[int, Callable[[], None]] = {}  # whom to tell that a handle is ready
+        self._polls: dict[int, _Poll] = {}  # by handle
         self._numbers = itertools.count(1)
         self._catalog_turn = trio.CapacityLimiter(1)
         self._probing = trio.CapacityLimiter(PROBES)
@@ -272,19 +280,21 @@ class FileSystem:
         if handle.ready_at(handle.position):
             return True
         if when_ready is not None:
-            if number not in self._polls:
-                self._in_background(self._poll, number, handle)
-            self._polls[number] = when_ready
+            poll = self._polls.get(number)
+            if poll is None:
+                poll = self._polls[number] = _Poll(when_ready)
+                self._in_background(self._wait_ready, number, handle, poll)
+            poll.when_ready = when_ready
         return False
 
-    async def _poll(self, number: int, handle: Handle) -> None:
-        try:
-            await handle.wait_until_ready()
-        except StreamfsError as error:
-            log.debug("polling ends: %s", error)  # the read that follows raises it
-        when_ready = self._polls.pop(number, None)
-        if when_ready is not None:
-            when_ready()
+    async def _wait_ready(self, number: int, handle: Handle, poll: _Poll) -> None:
+        with poll.scope:
+            try:
+                await handle.wait_until_ready()
+            except StreamfsError as error:
+                log.debug("polling ends: %s", error)  # the read that follows raises it
+            self._polls.pop(number, None)
+            poll.when_ready()
 
     def _handle(self, number: int) -> Handle:
         opened = self._handles.get(number)
@@ -297,7 +307,9 @@ class FileSystem:
         if opened is None:
             return
         handle, _ = opened
-        self._polls.pop(number, None)
+        poll = self._polls.pop(number, None)
+        if poll is not None:
+            poll.scope.cancel()  # or it would go on asking for bytes that nobody wants
         handle.close()
 
     # Extended attributes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 from pathlib import Path
 
 import pytest
@@ -401,3 +402,21 @@ async def test_sources_are_closed_with_the_file_system(tmp_path: Path, monkeypat
         await fs.add([spec_of("x")])
         await read(fs, "x")
     assert [source.closed for source in made] == [True]
+
+
+async def test_a_poll_ends_with_its_descriptor(tmp_path: Path) -> None:
+    origin = Origin(ranged=False, told=False, stalls={0: trio.Event()})
+    async with a_filesystem(tmp_path, {"s": origin}) as fs:
+        await fs.add([spec_of("s", command=True)])
+        opened, other = await fs.open_named("s"), await fs.open_named("s")
+        told: list[int] = []
+        for number in (opened.handle, other.handle):
+            assert not fs.is_ready(number, functools.partial(told.append, number))
+        buffer = fs._handles[opened.handle][0].generation.buffer
+        await until(lambda: buffer.waiting == 2)
+        fs.release(opened.handle)
+        await until(lambda: buffer.waiting == 1)
+        origin.stalls[0].set()
+        await until(lambda: bool(told))
+        assert told == [other.handle]
+        fs.release(other.handle)
