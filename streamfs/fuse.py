@@ -48,7 +48,7 @@ def _guarded(handler: _Handler) -> _Handler:
 
 class _OpenFile(NamedTuple):
     opener: int  # pid
-    direct: bool  # the length is unknown
+    direct: bool  # the kernel passes every read on
     nonblocking: bool  # opened with O_NONBLOCK: reads give what is there, or EAGAIN
 
 
@@ -157,9 +157,11 @@ class Operations(pyfuse3.Operations):
         with self._interrupts.watch(ctx.pid):
             opened = await self._fs.open(inode)
         eager = opened.direct and bool(flags & os.O_NONBLOCK)
-        self._files[opened.handle] = _OpenFile(self._interrupts.process_of(ctx.pid), opened.direct, eager)
+        # With O_DIRECT programs get the replies to reads themselves, which must then not be those to read-ahead.
+        direct = opened.direct or bool(flags & os.O_DIRECT)
+        self._files[opened.handle] = _OpenFile(self._interrupts.process_of(ctx.pid), direct, eager)
         # Pages may stay in the kernel's cache from open to open: an inode's bytes never change.
-        return pyfuse3.FileInfo(fh=FileHandleT(opened.handle), direct_io=opened.direct, keep_cache=not opened.direct)
+        return pyfuse3.FileInfo(fh=FileHandleT(opened.handle), direct_io=direct, keep_cache=not opened.direct)
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
 
+from streamfs.fuse import AHEAD_PATIENCE
 from tests.mount.mounted import Mounted, Tap, checked, end_within, names_in, wait_for
 from tests.mount.origin import ScriptedOrigin
 
@@ -277,3 +279,25 @@ def test_nothing_in_the_mount_can_be_written(fs: Mounted) -> None:
     assert path.read_bytes() == b"fixed\n"
     info = path.stat()
     assert (info.st_mode, info.st_uid, info.st_gid) == (0o100644, os.getuid(), os.getgid())
+
+
+def test_a_read_with_o_direct_waits_for_a_slow_source(fs: Mounted, origin: ScriptedOrigin) -> None:
+    document = origin.add("slow", 1 << 20, stall_at=256 * 1024)
+    path = fs.add("slow", document.url)
+    reader = fs.python(
+        "import mmap, os, sys\n"
+        "fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)\n"
+        "room = mmap.mmap(-1, 65536)\n"
+        "print('open', flush=True)\n"
+        "assert os.preadv(fd, [room], 512 * 1024) == 65536\n"
+        "sys.stdout.buffer.write(room[:])\n",
+        path,
+    )
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == b"open\n"
+    assert document.stalled.wait(10)
+    time.sleep(3 * AHEAD_PATIENCE)  # longer than the kernel's own read-ahead would be kept waiting
+    document.go.set()
+    output, errors = reader.communicate(timeout=30)
+    assert not errors, errors.decode()
+    assert output == document.bytes(512 * 1024, 576 * 1024)
