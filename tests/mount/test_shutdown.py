@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +25,16 @@ if len(sys.argv) < 4:
 time.sleep(100000)
 """
 """A command that ignores SIGTERM, and has a child that does so too."""
+_SLEEPER = "python3 -c 'import time; time.sleep(100000)'"
 
 
 @pytest.fixture
-def busy(fs: Mounted, origin: ScriptedOrigin, tmp_path: Path) -> list[subprocess.Popen[bytes]]:
+def busy(fs: Mounted, origin: ScriptedOrigin, tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Blocked readers of every kind of stream; a recording half written, a persist under way."""
     marker = str(tmp_path / "marker")
     fs.add("stubborn", "--", "python3", "-c", STUBBORN, STUBBORN, marker)
     fs.add("plain", "--", "sleep", "100000")
-    fs.add("shell", "--shell", f"head -c 9000000 /dev/zero; sleep 100001 & wait # {marker}")
+    fs.add("shell", "--shell", f"head -c 9000000 /dev/zero; {_SLEEPER} {marker} & wait")
     fs.add("ranged", origin.add("ranged", 20 * MIB, stall_at=12 * MIB).url)
     fs.add("one-way", origin.add("one-way", 20 * MIB, ranged=False, chunked=True, stall_at=12 * MIB).url)
     fs.add("silent", "--no-probe", origin.add("silent", MIB, stall_at=1).url)
@@ -40,9 +43,12 @@ def busy(fs: Mounted, origin: ScriptedOrigin, tmp_path: Path) -> list[subprocess
     readers = [fs.start(["cat", fs.mountpoint / name], stdout=subprocess.DEVNULL) for name in names]
     wait_for(lambda: all(int(fs.xattr(name, "readers") or 0) for name in names), "all are being read")
     wait_for(lambda: fs.buffered("ranged") == fs.buffered("one-way") == 12 * MIB, "all that comes has come")
-    wait_for(lambda: len(processes_with(marker)) == 3, "the commands and their children run")
+    wait_for(lambda: len(processes_with(marker)) == 4, "the commands and their children run")
     assert all(reader.poll() is None for reader in readers)
-    return readers
+    yield readers
+    for pid in processes_with(marker):  # what commands had started outlives a daemon that was killed
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def nothing_is_left(fs: Mounted, pid: int, readers: list[subprocess.Popen[bytes]], tmp_path: Path) -> None:
