@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from streamfs.engine.buffer import SPILL_BATCH, Buffer
 from streamfs.engine.pool import LARGE, Pool
 from streamfs.engine.recording import Header, Recording, disk_bytes, unlink_recording
 from streamfs.errors import Damaged, NoSpace
+from streamfs.home import recording_name, recording_of
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,6 @@ a disk's pauses without starving other streams of memory."""
 FREE_FLOOR = 64 * 1024 * 1024
 """Bytes the cache leaves free on its file system, so that it is never the one that fills the disk to the brim."""
 _TTL_CHECKS = 4  # per time to live
-_DATA_NAME = re.compile(r"(\d+)-(\d+)\.data")
-_INDEX_NAME = re.compile(r"\d+-\d+\.data\.index")
 
 
 class Cached(Protocol):
@@ -111,14 +109,17 @@ class Cache:
         """Find the recordings of earlier runs; remove those of streams that are not `known`. Blocks; raises OSError."""
         ids = set(known)
         newest: dict[int, tuple[int, Path]] = {}
-        for entry in os.scandir(self.directory):
+        with os.scandir(self.directory) as listing:
+            entries = list(listing)
+        for entry in entries:
             path = Path(entry.path)
-            match = _DATA_NAME.fullmatch(entry.name)
-            if match is None:
-                if _INDEX_NAME.fullmatch(entry.name) and not path.with_suffix("").exists():
+            named = recording_of(entry.name)
+            if named is None:
+                is_index = path.suffix == ".index" and recording_of(path.stem) is not None
+                if is_index and not path.with_suffix("").exists():
                     path.unlink(missing_ok=True)  # a power cut took the data's name alone
                 continue
-            stream_id, number = int(match[1]), int(match[2])
+            stream_id, number = named
             if not path.with_name(path.name + ".index").exists():
                 unlink_recording(path)  # it was being made or removed: it must not stand for a whole one
                 continue
@@ -314,7 +315,7 @@ class Cache:
     def _give_recording(self, generation: Cached, ahead: int) -> None:
         recording = generation.buffer.recording
         if recording is None and not generation.buffer.doomed:
-            path = self.directory / f"{generation.stream_id}-{generation.number}.data"
+            path = self.directory / recording_name(generation.stream_id, generation.number)
             recording = Recording.create(path, generation.header)
             generation.buffer.record(recording)
         if recording is not None:

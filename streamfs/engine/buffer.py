@@ -358,7 +358,12 @@ class Buffer:
 
     def settle_for_good(self) -> None:
         """Write everything to the recording and make it durable. Blocks. The buffer must be complete and must
-        have a recording. Raises OSError, or ValueError where it is not complete."""
+        have a recording. Raises OSError, or ValueError where it is not complete; what an earlier run left without
+        making it durable is read and checked first, so that it may turn out not to be."""
+        recording = self.recording
+        if recording is not None and recording.suspect:
+            self.verify()
+            recording.suspect = False
         with self._disk:
             recording, size = self._settled(spilled=False)
             while self._spill(SPILL_BATCH, all_of_it=True, lent=True):
@@ -375,13 +380,16 @@ class Buffer:
 
     def verify(self) -> tuple[int, list[tuple[int, int]]]:
         """Read every block on disk; damaged ones are dropped, as when a reader finds them. Blocks. Gives how many
-        there were, and the (start, stop) of the damaged."""
+        there were, and the (start, stop) of the damaged. Ends early where the buffer is doomed meanwhile: the end of
+        the daemon does not wait for gigabytes."""
         with self._lock:
             recording = self._store.recording
             extents = recording.extents(0, 1 << 63) if recording is not None else []
         damaged = []
-        for extent in extents:
+        for count, extent in enumerate(extents):
             assert recording is not None
+            if self.doomed:
+                return count, damaged
             out = memoryview(bytearray(extent.stop - extent.start))
             try:
                 recording.read([extent], out, wait=True)

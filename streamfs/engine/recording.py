@@ -106,6 +106,8 @@ class Recording:
         self._stops = array("Q")
         self._crcs = array("I")
         self._drops: deque[Extent] = deque()  # taken out of the table, not yet out of the index
+        self.suspect = False
+        """Whether it was loaded without a proof that its data reached the disk: to be verified before `complete`."""
         self.ahead = 0
         """Most bytes that sequential appends allocate past what is written, which makes them faster. The owner chooses,
         as disk space is taken by it."""
@@ -180,6 +182,7 @@ class Recording:
             # The writer was perhaps killed between its last entry and the syncs that make it durable.
             os.fsync(index.fd)
             _sync_folder(path.parent)
+        recording.suspect = not recording.durable
         recording._allocated = os.fstat(data.fd).st_size
         return recording
 

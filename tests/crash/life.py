@@ -111,9 +111,14 @@ class Life:
         self._claim()
 
     def _settle(self) -> None:
-        while (gap := self._buffer.first_gap(0)) is not None:
-            self._bring(gap, SIZE)
-        self._buffer.settle_for_good()
+        while True:
+            while (gap := self._buffer.first_gap(0)) is not None:
+                self._bring(gap, SIZE)
+            try:
+                self._buffer.settle_for_good()
+            except ValueError:
+                continue  # what an earlier life left was damaged
+            break
         self._claim(settled=True)
 
     def _lose(self) -> None:
