@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import stat
 import time
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from streamfs.errors import Busy, InvalidRequest, NotPermitted, StreamfsError
 
 HOME_VARIABLE = "STREAMFS_HOME"
 SOCKET_NAME = "control.sock"
+_RECORDING = re.compile(r"(\d+)-(\d+)\.data")
 _LOCK_POLL = 0.02  # seconds; flock has no wait with a deadline, and the holder is most often one short command
 
 
@@ -164,6 +166,17 @@ class HomeLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()
+
+
+def recording_name(stream_id: int, generation: int) -> str:
+    """The name of a recording's data file in the cache directory; its index is beside it."""
+    return f"{stream_id}-{generation}.data"
+
+
+def recording_of(name: str) -> tuple[int, int] | None:
+    """(id of the stream, generation) that a file in the cache directory holds the data of; None for other files."""
+    match = _RECORDING.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 def _try_flock(fd: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from streamfs.control import Client
 from streamfs.control.client import DEFAULT_TIMEOUT
 from streamfs.errors import Busy, InvalidRequest, NotPermitted, Unreachable
-from streamfs.home import Home
+from streamfs.home import Home, recording_of
 from streamfs.spec import StreamSpec, UrlSource
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ Row: TypeAlias = dict[str, Any]
 
 WAIT = 10.0  # seconds for another command, or a daemon that starts or ends, to make way
 _RETRY = 0.1  # seconds; between two looks at who holds the home
-_RECORDING = re.compile(r"(\d+)-(\d+)\.data")  # as streamfs.cache names them: id of the stream, generation
 
 
 class Registry(Protocol):
@@ -174,8 +172,9 @@ class Offline:
         found: dict[int, list[tuple[int, Path]]] = {}
         with contextlib.suppress(FileNotFoundError):
             for path in self._cache.iterdir():
-                if match := _RECORDING.fullmatch(path.name):
-                    found.setdefault(int(match[1]), []).append((int(match[2]), path))
+                if named := recording_of(path.name):
+                    stream_id, number = named
+                    found.setdefault(stream_id, []).append((number, path))
         return {stream_id: [path for _, path in sorted(numbered)] for stream_id, numbered in found.items()}
 
     def _drop(self, ids: Iterable[int]) -> None:
