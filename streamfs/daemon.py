@@ -282,6 +282,7 @@ class _Life:
             except* ConnectionAbortedError:
                 # What the kernel says at an unmount while requests are in its queue, instead of the usual ENODEV.
                 log.info("the mount is gone; requests that were under way in the kernel have failed")
+            self._fs.fail_all()  # ends what threads do for the control socket, which cannot be cancelled
             nursery.cancel_scope.cancel()
 
     async def _leave(self, requests: trio.CancelScope) -> None:

@@ -385,7 +385,7 @@ class Buffer:
         with self._lock:
             recording = self._store.recording
             extents = recording.extents(0, 1 << 63) if recording is not None else []
-        damaged = []
+        damaged: list[tuple[int, int]] = []
         for count, extent in enumerate(extents):
             assert recording is not None
             if self.doomed:

@@ -737,3 +737,21 @@ def test_first_gap_next_present_and_available_agree():
     buffer.ended(20)
     assert buffer.first_gap(10) is None and not buffer.complete
     assert buffer.failure is None and not buffer.doomed
+
+
+def test_a_check_of_everything_ends_when_the_buffer_is_doomed(path, monkeypatch):
+    settled(path)
+    recording = Recording.load(path)
+    buffer = Buffer(Pool(8 * LARGE), recording=recording)
+    read = recording.read
+    looks = []
+
+    def read_once(*arguments, **named) -> bool:
+        looks.append(arguments)
+        buffer.doom(Closed("the daemon ends"))
+        return read(*arguments, **named)
+
+    monkeypatch.setattr(recording, "read", read_once)
+    assert buffer.verify() == (1, [])
+    assert len(looks) == 1
+    buffer.close()
