@@ -363,6 +363,8 @@ class Buffer:
         recording = self.recording
         if recording is not None and recording.suspect:
             self.verify()
+            if self.doomed:
+                raise ValueError("the buffer was given up before all of it was checked")
             recording.suspect = False
         with self._disk:
             recording, size = self._settled(spilled=False)
