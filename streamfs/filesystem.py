@@ -152,7 +152,16 @@ class FileSystem:
         if name == b"..":
             return self._attributes(folder.parent or folder)
         _check_length(name)
-        return self._attributes(self._tree.child(folder, name))
+        node = self._tree.child(folder, name)
+        return self._attributes(node if isinstance(node, Folder) else self._current_file(node))
+
+    def _current_file(self, file: File) -> File:
+        """`file`, or its successor where its version was evicted or replaced: programs such as cp refuse a file whose
+        inode changes between the stat and the open."""
+        stream = self._streams.get(file.stream_id)
+        if file.generation is None or (stream is not None and stream.generation is file.generation):
+            return file
+        return self._tree.succeed(file)
 
     def looked_up(self, inode: int) -> None:
         """The kernel holds one more reference to the inode."""

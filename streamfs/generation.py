@@ -136,6 +136,7 @@ class Generation:
         window = stream.entry.spec.options.window
         self._window = Window(window) if window is not None and not facts.ranged else None
         self._fetch_ended = trio.Event()  # replaced each time
+        self._left = 0.0  # trio's time when the last handle was closed
         self._wanting_all = 0  # calls of `fetch_all` under way
         self._latency = 0.0  # seconds the last request took to its reply
         self._end_probe = memoryview(bytearray(1))  # where a byte past the declared end would land
@@ -212,6 +213,17 @@ class Generation:
         """The last handle was closed: fetches stop where they are, and end unless somebody comes back."""
         self.plan.release()
         self._ring()
+        self._left = trio.current_time()
+        if self._scopes and self._stream.is_url:
+            self._context.nursery.start_soon(self._end_unneeded)
+
+    async def _end_unneeded(self) -> None:
+        """Fetches that rest end by themselves; one that waits for a silent source would not."""
+        linger = LINGER if self.facts.ranged else IDLE
+        await trio.sleep(linger)
+        if not self.in_use and trio.current_time() - self._left >= linger:
+            for scope in self._scopes.values():
+                scope.cancel()
 
     @property
     def settled(self) -> bool:
@@ -425,6 +437,8 @@ class Generation:
     async def _may_go_on(self, fetch: Fetch) -> bool:
         """Wait while the fetch rests. False: it rested too long, and its connection is wanted no more."""
         self._allow_live(fetch)
+        if fetch.resting and not fetch.ahead:
+            return False  # one of many here and there: its place and its connection are for the next
         if fetch.resting and self.plan.crowded:
             self.buffer.wake_all()  # a reader that found every fetch busy can have this one's place
         while fetch.resting:

@@ -10,6 +10,7 @@ import pytest
 from streamfs.engine.fetches import (
     FIRST_AHEAD,
     LEAST_GAP,
+    MANY_JUMPS,
     MOST_FETCHES,
     MOST_GAP,
     OPEN_ENDED,
@@ -259,3 +260,40 @@ def test_where_another_fetch_stands_there_is_nothing_to_do() -> None:
     assert plan.is_served(12 * MIB, first)
     assert not plan.is_served(12 * MIB, second)
     assert not plan.is_served(11 * MIB, first)
+
+
+def jumped(plan: FetchPlan, places: int) -> None:
+    """A read here and a read there, and nobody reads on from either."""
+    for place in range(places):
+        fetch = demanded(plan, (100 + 10 * place) * MIB, 4 * KIB)
+        brought(fetch)
+        plan.ended(fetch)
+
+
+def test_reads_here_and_there_come_to_bring_what_is_asked_alone() -> None:
+    plan = plan_of()
+    jumped(plan, MANY_JUMPS)
+    fetch = demanded(plan, 50 * MIB, 4 * KIB)
+    assert (fetch.limit, fetch.window(), fetch.ahead) == (50 * MIB + 4 * KIB, 50 * MIB + 4 * KIB, 0)
+
+
+def test_reading_on_after_many_jumps_brings_read_ahead_back() -> None:
+    plan = plan_of()
+    jumped(plan, MANY_JUMPS + 3)
+    fetch = demanded(plan, 50 * MIB, 4 * KIB)
+    brought(fetch)
+    plan.ended(fetch)
+    again = demanded(plan, 50 * MIB + 4 * KIB, 4 * KIB)
+    assert again.limit == 50 * MIB + 4 * KIB + FIRST_AHEAD
+    brought(again)
+    assert plan.demand(again.position, again.position + 4 * KIB) is None
+    assert again.ahead == 2 * FIRST_AHEAD
+
+
+def test_a_fetch_without_read_ahead_that_is_read_on_while_it_runs_gets_some() -> None:
+    plan = plan_of()
+    jumped(plan, MANY_JUMPS)
+    fetch = demanded(plan, 50 * MIB, 4 * KIB)
+    brought(fetch)
+    assert plan.demand(50 * MIB + 4 * KIB, 50 * MIB + 8 * KIB) is None
+    assert fetch.limit == 50 * MIB + 8 * KIB + FIRST_AHEAD

@@ -420,3 +420,18 @@ async def test_a_poll_ends_with_its_descriptor(tmp_path: Path) -> None:
         await until(lambda: bool(told))
         assert told == [other.handle]
         fs.release(other.handle)
+
+
+async def test_what_is_looked_up_after_an_evict_can_be_opened_as_it_is(tmp_path: Path) -> None:
+    """cp and its like refuse a file whose inode is another one when they open it than when they looked at it."""
+    served = origins("x", size=MIB)
+    async with a_filesystem(tmp_path, served) as fs:
+        await fs.add([spec_of("x")])
+        assert len(await read(fs, "x")) == MIB
+        fs.evict("x")
+        seen = fs.lookup(1, b"x")
+        assert fs.lookup(1, b"x") == seen
+        assert seen.size == MIB
+        opened = await fs.open(seen.inode)
+        assert fs.lookup(1, b"x").inode == seen.inode
+        fs.release(opened.handle)

@@ -11,6 +11,8 @@ whenever the reader has caught up with it, up to the read-ahead (as mountpoint-s
 
 from __future__ import annotations
 
+from collections import deque
+
 FIRST_AHEAD = 128 * 1024
 """Bytes of the first request at a place: the kernel's default read-ahead, which is what one read call brings here."""
 OPEN_ENDED = 4 * 1024 * 1024
@@ -20,6 +22,9 @@ MOST_FETCHES = 8
 REORDER = 1024 * 1024
 """Bytes past the furthest read that still count as its continuation: the kernel's read-ahead sends requests of up to
 1 MiB side by side, and they arrive in any order."""
+MANY_JUMPS = 8
+"""After so many places in a row from which nobody read on, a program reads here and there: a fetch at yet another place
+then brings what is asked and no more. A guess: archives and media files are opened with fewer jumps."""
 LEAST_GAP, MOST_GAP = 64 * 1024, 4 * 1024 * 1024
 """Bounds, in bytes, of the gap that is read through rather than asked for anew."""
 
@@ -58,6 +63,8 @@ class FetchPlan:
         self.greedy = False
         """Everything is wanted, whatever readers do (persist): limits are off."""
         self._gap = LEAST_GAP
+        self._jumps = 0  # fetches begun in a row from which nobody read on
+        self._left: deque[int] = deque(maxlen=MOST_FETCHES)  # where the latest of those without read-ahead ended
 
     def first(self) -> Fetch:
         """The fetch of an opening request, from 0."""
@@ -68,12 +75,16 @@ class FetchPlan:
         MOST_FETCHES are busy, the reader asks again when one has ended."""
         near = self._nearest(missing)
         if near is not None:
+            self._jumps = 0
             if near.position - near.start >= near.ahead:
-                near.ahead = min(near.ahead * 2, self.read_ahead)
+                near.ahead = min(max(near.ahead * 2, FIRST_AHEAD), self.read_ahead)
             self._allow(near, stop)
             return None
         if self.crowded:
             return None
+        if any(left <= missing <= left + self._gap for left in self._left):
+            self._jumps = 0
+        self._jumps += 1
         return self._start(missing if self.ranged else 0, stop)
 
     def follow(self, stop: int, front: int) -> Fetch | None:
@@ -130,6 +141,8 @@ class FetchPlan:
 
     def ended(self, fetch: Fetch) -> None:
         self.fetches.remove(fetch)
+        if not fetch.ahead:
+            self._left.append(fetch.position)
 
     def measured(self, latency: float, rate: float) -> None:
         """A request took `latency` seconds to its first byte, and bytes then came at `rate` bytes a second: reading
@@ -138,6 +151,8 @@ class FetchPlan:
 
     def _start(self, start: int, stop: int) -> Fetch:
         ahead = FIRST_AHEAD if self.ranged and not self.greedy else self.read_ahead
+        if self.ranged and not self.greedy and self._jumps > MANY_JUMPS:
+            ahead = 0
         fetch = Fetch(start, stop, None if self.greedy else max(stop, start + ahead), ahead)
         self.fetches.append(fetch)
         return fetch
