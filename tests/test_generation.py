@@ -320,6 +320,20 @@ async def test_a_fetch_that_nobody_needs_ends(tmp_path: Path, autojump_clock: tr
         assert origin.bodies == 0
 
 
+@pytest.mark.parametrize(("ranged", "within"), [(True, LINGER), (False, IDLE)])
+async def test_a_fetch_that_waits_for_a_silent_source_ends_after_the_last_close(
+    ranged: bool, within: float, tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    origin = Origin(size=MIB, ranged=ranged, stalls={1000: trio.Event()})
+    async with a_house(tmp_path) as house:
+        handle = await house.stream(origin).open()
+        await check(handle, origin, 0, 1000)
+        handle.close()
+        await trio.sleep(within * 1.1)
+        assert not handle.generation.fetching
+        assert origin.bodies == 0
+
+
 async def test_a_command_that_nobody_reads_is_paused_not_ended(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
