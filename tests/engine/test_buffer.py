@@ -755,3 +755,23 @@ def test_a_check_of_everything_ends_when_the_buffer_is_doomed(path, monkeypatch)
     assert buffer.verify() == (1, [])
     assert len(looks) == 1
     buffer.close()
+
+
+def test_what_was_not_checked_to_its_end_is_not_made_durable(path, monkeypatch):
+    settled(path)
+    recording = Recording.load(path)
+    recording.suspect = True
+    recording.durable = False
+    buffer = Buffer(Pool(8 * LARGE), recording=recording)
+    read = recording.read
+
+    def read_once(*arguments, **named) -> bool:
+        buffer.doom(Closed("the daemon ends"))
+        return read(*arguments, **named)
+
+    monkeypatch.setattr(recording, "read", read_once)
+    with pytest.raises(ValueError, match="given up"):
+        buffer.settle_for_good()
+    assert recording.suspect
+    assert not recording.durable
+    buffer.close()
