@@ -428,6 +428,7 @@ async def test_what_is_looked_up_after_an_evict_can_be_opened_as_it_is(tmp_path:
     async with a_filesystem(tmp_path, served) as fs:
         await fs.add([spec_of("x")])
         assert len(await read(fs, "x")) == MIB
+        await until(lambda: fs.named("x").facts is not None)  # the catalogue learns in the background
         fs.evict("x")
         seen = fs.lookup(1, b"x")
         assert fs.lookup(1, b"x") == seen
