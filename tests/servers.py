@@ -197,8 +197,11 @@ def nginx(
 
 
 @contextlib.contextmanager
-def vsftpd(root: Path | None = None, *, tls: Certificates | None = None) -> Iterator[Server]:
-    """vsftpd for anonymous readers of `root`; every other login is refused. With `tls`: implicit TLS (ftps)."""
+def vsftpd(
+    root: Path | None = None, *, tls: Certificates | None = None, explicit: bool = False
+) -> Iterator[Server]:
+    """vsftpd for anonymous readers of `root`; every other login is refused. With `tls`: implicit TLS (ftps), or
+    `explicit` (AUTH TLS), and nothing without it."""
     with _home(root) as (home, served):
         port = free_port()
         lines = [
@@ -227,7 +230,7 @@ def vsftpd(root: Path | None = None, *, tls: Certificates | None = None) -> Iter
         if tls is not None:
             lines += [
                 "ssl_enable=YES",
-                "implicit_ssl=YES",
+                f"implicit_ssl={'NO' if explicit else 'YES'}",
                 "allow_anon_ssl=YES",
                 "force_anon_data_ssl=YES",
                 "force_anon_logins_ssl=YES",
@@ -271,13 +274,14 @@ def sshd(root: Path | None = None) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def http_proxy() -> Iterator[Server]:
-    """tinyproxy: plain proxying and CONNECT, to any port."""
+def http_proxy(*, login: tuple[str, str] | None = None) -> Iterator[Server]:
+    """tinyproxy: plain proxying and CONNECT, to any port; with `login` for that user and password only."""
     with _home(None) as (home, served):
         port = free_port()
         (home / "tinyproxy.conf").write_text(
             f'Port {port}\nListen {HOST}\nTimeout 60\nLogFile "{home}/tinyproxy.log"\nLogLevel Connect\n'
             f"MaxClients 50\nAllow {HOST}\nDisableViaHeader Yes\n"
+            + (f"BasicAuth {login[0]} {login[1]}\n" if login is not None else "")
         )
         argv = [program("tinyproxy"), "-d", "-c", str(home / "tinyproxy.conf")]
         with _running(argv, port, home, served) as server:

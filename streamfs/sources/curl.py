@@ -5,6 +5,9 @@ Last-Modified; 416 past the end; 404 for a missing file, 401 for a refused login
 server that is busy. Their sizes and dates come from an exchange without a body, and the one that carries the body
 must tell the same, or the file was replaced between the two.
 
+ftps is TLS from the first byte (implicit). An ftp identity with a `cacert` or `cert` demands AUTH TLS (explicit), for
+the login and for the data; a server that cannot is refused.
+
 How ends are proven (`Response.ending`): "length" by libcurl's count and ours; "chunked" also for HTTP/2 without a
 Content-Length (END_STREAM; a stream that is reset is an error) and for ftp without a size (the server's 226 reply);
 "close" where nothing but the closed connection tells.
@@ -399,6 +402,9 @@ class _HostKeyVerdict:
 def _prepare_file(target: _Target, transfer: Transfer) -> _HostKeyVerdict:
     easy = transfer.easy
     _apply(target, easy)
+    if target.scheme == "ftp" and (target.identity.cacert or target.identity.cert):
+        easy.setopt(pycurl.USE_SSL, pycurl.USESSL_ALL)
+        _apply_tls(target, easy)
     easy.setopt(pycurl.OPT_FILETIME, 1)
     easy.setopt(pycurl.HEADERFUNCTION, _ignore_line)
     return _apply_ssh(target, easy) if target.scheme == "sftp" else _HostKeyVerdict()
@@ -582,12 +588,13 @@ def _refusal_or_raise(target: _Target, transfer: Transfer, verdict: _HostKeyVerd
         if reply in _BUSY_REPLIES:
             return _Refusal(503, f"the server is busy ({reply}): {text}")
         if failure.code == _LOGIN_DENIED:
-            return _Refusal(401, text)
+            return _Refusal(401, f"the login is refused ({text})")
         if failure.code == _FILE_NOT_FOUND:
-            return _Refusal(404, text)
+            return _Refusal(404, f"no such file ({text})")
         if failure.code in (_ACCESS_DENIED, _RETR_FAILED):
-            # FTP says 550 for a missing folder and for a forbidden one alike.
-            return _Refusal(404 if reply == 550 else 403, text)
+            if reply == 550:  # FTP says so of what is missing and of what is forbidden
+                return _Refusal(404, f"no such file, or it may not be read ({text})")
+            return _Refusal(403, f"the file may not be read ({text})")
         if verdict.match not in (None, _KNOWN_HOST_OK) and not target.identity.insecure:
             raise TransportError("tls", _host_key_text(target, verdict)) from failure
     raise _error(target, transfer, answered=False) from failure

@@ -201,7 +201,7 @@ class HttpSource:
         landing, self._landing = self._landing, None
         if landing is not None and trio.current_time() < landing.until:
             response = await self._send(landing.url, asked, landing.private_allowed)
-            verdict = _judged(asked, response)
+            verdict = _judged(landing.url, asked, response)
             if isinstance(verdict, Part | Whole | Ended):
                 self._landing = landing
                 return response, verdict
@@ -221,7 +221,7 @@ class HttpSource:
                     if len(seen) > 1:
                         allowed = private_allowed or Origin.of(url) == registered
                         self._landing = _Landing(url, allowed, trio.current_time() + LANDING_SECONDS)
-                    return response, _judged(asked, response)
+                    return response, _judged(url, asked, response)
                 url = addresses.redirect_target(url, location, downgrade_allowed=self._options.allow_private)
                 if url in seen:
                     raise SourceFailed(f"{redact_url(self._url)} redirects in a loop")
@@ -243,12 +243,14 @@ class HttpSource:
 
     def _resolves(self, url: str) -> bool:
         """Whether names are resolved here: a proxy resolves them itself, and ftp and sftp never redirect."""
-        return self._options.proxy is None and urlsplit(url).scheme.lower() in ("http", "https")
+        return self._options.proxy is None and _speaks_http(url)
 
     async def _send(self, url: str, asked: Asked, private_allowed: bool) -> Response:
         """One request to one origin, over the first of its permitted addresses that answers."""
         transport = self._transports.pick(url, self._options)
         request = await self._request(url, asked)
+        if not isinstance(transport, PlainTransport):  # which speaks HTTP/1.1 alone
+            request = replace(request, identity=replace(request.identity, http2=True))
         if not self._resolves(url):
             if not private_allowed and addresses.is_private_name(Origin.of(url).host):
                 raise addresses.not_permitted(url)
@@ -281,7 +283,7 @@ class HttpSource:
             pinned = precondition(asked.expect.validator if asked.expect is not None else None)
             if pinned is not None:
                 headers.append(("If-Range", pinned))
-        if urlsplit(url).scheme.lower() not in ("http", "https"):
+        if not _speaks_http(url):
             url = await credentials.url_with_login(url, self._options)
             return Request(url, headers=tuple(headers), identity=identity)
         login = credentials.userinfo(url)  # redirects have none, so this is the user's or the refresh command's
@@ -608,8 +610,15 @@ class _Decoder:
 # -- small parts
 
 
-def _judged(asked: Asked, response: Response) -> Verdict:
-    return judge(asked, response.status, Headers(response.headers), time.time())
+def _judged(url: str, asked: Asked, response: Response) -> Verdict:
+    verdict = judge(asked, response.status, Headers(response.headers), time.time())
+    if isinstance(verdict, Refused | Again) and not _speaks_http(url) and response.reason:
+        return replace(verdict, why=response.reason)  # the status was the transport's word, not the server's
+    return verdict
+
+
+def _speaks_http(url: str) -> bool:
+    return urlsplit(url).scheme.lower() in ("http", "https")
 
 
 def _icy_metaint(response: Response) -> int:
