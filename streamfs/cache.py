@@ -392,7 +392,10 @@ class Cache:
     async def _expire(self) -> None:
         while True:
             await trio.sleep(max(self.ttl / _TTL_CHECKS, 0.1))
-            self.expire(time.monotonic() - self.ttl)
+            try:
+                self.expire(time.monotonic() - self.ttl)
+            except Exception:  # a defect in one generation's end must not end the daemon
+                log.exception("dropping what is too old failed in an unforeseen way")
 
     def expire(self, before: float) -> None:
         """Drop everything unused since `before` (time.monotonic()) that nobody holds and nobody asked to keep."""

@@ -203,6 +203,8 @@ def check_spec(spec: StreamSpec) -> StreamSpec:
         raise InvalidRequest("the stall timeout must be more than 0")
     if options.window is not None:
         parse_window(options.window)
+        if options.size_policy == "wait":
+            raise InvalidRequest("--window is for streams without an end: no open can wait for that (--size-policy)")
     check_transforms(options.transforms)
     if options.refresh_command is not None and not options.refresh_command:
         raise InvalidRequest("the refresh command is empty")

@@ -269,7 +269,14 @@ class Stream:
             log.warning("the recording %s contradicts itself: %s", recording.path, error)
             recording.unlink()
             return None
-        if not generation.settled and not (facts.ranged and facts.validator is not None):
+        if generation.settled or (facts.ranged and facts.validator is not None):
+            pass
+        elif recording.size is not None and self.entry.persist:
+            # It was whole once. What was damaged since then cannot be had again; the rest is still what was to be kept.
+            generation.buffer.fail(
+                Damaged("some of the kept bytes are damaged: 'streamfs unpersist' and 'streamfs evict' start it anew")
+            )
+        else:
             # A run of a command, or a body without versions, that was cut short can never be continued.
             generation.buffer.close()
             recording.unlink()
@@ -552,5 +559,8 @@ class Stream:
 
     def _is_worth_keeping(self) -> bool:
         generation = self.generation
-        removed = isinstance(self._ended, NotFound)
-        return generation is not None and not removed and (generation.settled or generation.facts.ranged)
+        if generation is None or isinstance(self._ended, NotFound):
+            return False
+        recording = generation.buffer.recording
+        was_whole = self.entry.persist and recording is not None and recording.size is not None
+        return generation.settled or generation.facts.ranged or was_whole

@@ -13,6 +13,7 @@ from streamfs.catalog import Catalog
 from streamfs.errors import (
     AlreadyExists,
     Closed,
+    Damaged,
     InvalidRequest,
     IsDirectory,
     NameTooLong,
@@ -26,7 +27,9 @@ from streamfs.errors import (
     StreamfsError,
 )
 from streamfs.filesystem import FileSystem
+from streamfs.spec import CommandSource, StreamSpec
 from streamfs.tree import ROOT
+from tests.fakes import flip_byte
 from tests.sourcefakes import MIB, FakeSource, Origin, a_filesystem, spec_of, until
 
 
@@ -436,3 +439,24 @@ async def test_what_is_looked_up_after_an_evict_can_be_opened_as_it_is(tmp_path:
         opened = await fs.open(seen.inode)
         assert fs.lookup(1, b"x").inode == seen.inode
         fs.release(opened.handle)
+
+
+async def test_a_kept_command_whose_file_was_damaged_keeps_the_rest_over_a_restart(tmp_path: Path) -> None:
+    origin = Origin(size=MIB, ranged=False, told=False)
+    origins = {"kept": origin}
+    async with a_filesystem(tmp_path, origins) as fs:
+        await fs.add([StreamSpec(name="kept", source=CommandSource(argv=("true",)))])
+        inode = fs.lookup(ROOT, b"kept").inode
+        await fs.set_attribute(inode, "user.persist", b"1")
+        await until(lambda: fs.get_attribute(inode, "user.streamfs.state") == b"complete")
+        path = Path(fs.get_attribute(inode, "user.streamfs.persisted_path").decode())
+    flip_byte(path, 300_000)
+    for _ in range(2):  # the first run finds the damage and notes it, the second is told
+        async with a_filesystem(tmp_path, origins) as fs:
+            opened = await fs.open_named("kept")
+            assert bytes(await fs.read(opened.handle, 0, 200_000)) == origin.content()[:200_000]
+            with pytest.raises(Damaged):
+                await fs.read(opened.handle, 300_000, 10)
+            assert bytes(await fs.read(opened.handle, 900_000, 1000)) == origin.content()[900_000:901_000]
+            fs.release(opened.handle)
+    assert len(origin.opens) == 1, "the command ran again"
