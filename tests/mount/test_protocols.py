@@ -1,0 +1,60 @@
+"""Files behind ftp, sftp and a proxy, read through the mount by ordinary programs."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests import servers
+from tests.mount.mounted import Mounted, checked, wait_for
+
+DATA = random.Random(5).randbytes(9_000_017)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Path:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "data").write_bytes(DATA)
+    os.utime(folder / "data", (1_700_000_000, 1_700_000_000))  # long enough ago to name a version
+    for parent in (folder, *folder.parents[:3]):
+        parent.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+@pytest.mark.parametrize("kind", ["ftp", "sftp", "http-proxy"])
+def test_programs_read_a_file_behind_libcurl(
+    kind: str, served: Path, stack: ExitStack, unmounted: Mounted, tmp_path: Path
+) -> None:
+    match kind:
+        case "ftp":
+            words = [f"ftp://{stack.enter_context(servers.vsftpd(served)).authority}/data"]
+        case "sftp":
+            server = stack.enter_context(servers.sshd(served))
+            unmounted.environment["STREAMFS_KNOWN_HOSTS"] = str(server.files["known_hosts"])
+            words = ["--key", str(server.files["key"]), f"sftp://{server.authority}{served}/data"]
+        case _:
+            proxy = stack.enter_context(servers.http_proxy())
+            url = f"http://{stack.enter_context(servers.nginx(served)).authority}/data"
+            words = ["--proxy", f"http://{proxy.authority}", url]
+    unmounted.mount()
+    try:
+        path = unmounted.add("file", *words)
+        wait_for(lambda: path.stat().st_size == len(DATA), "the probe has told the size")
+        assert checked(["ls", "-l", path]).split()[4] == str(len(DATA)).encode()
+        assert checked(["tail", "-c", "1000", path]) == DATA[-1000:]
+        checked(["cp", path, tmp_path / "copy"])
+        assert (tmp_path / "copy").read_bytes() == DATA
+    finally:
+        unmounted.umount()  # before its server ends
