@@ -197,9 +197,7 @@ def nginx(
 
 
 @contextlib.contextmanager
-def vsftpd(
-    root: Path | None = None, *, tls: Certificates | None = None, explicit: bool = False
-) -> Iterator[Server]:
+def vsftpd(root: Path | None = None, *, tls: Certificates | None = None, explicit: bool = False) -> Iterator[Server]:
     """vsftpd for anonymous readers of `root`; every other login is refused. With `tls`: implicit TLS (ftps), or
     `explicit` (AUTH TLS), and nothing without it."""
     with _home(root) as (home, served):

@@ -157,12 +157,12 @@ class CurlTransport:
         try:
             refusal = await self._begin_file(target, transfer, known, chosen if isinstance(chosen, _Span) else None)
             if refusal is not None:
-                transfer.close()
+                _close(target, transfer)
                 return _bare_response(target, refusal.status, refusal.text)
             ending: Ending = "length" if length is not None else "chunked"
             return CurlResponse(transfer, target, status, "OK", "1.1", headers, ending, length)
         except BaseException:
-            transfer.close()
+            _close(target, transfer)
             raise
 
     async def _stat(self, target: _Target) -> _FileFacts | _Refusal:
@@ -177,7 +177,7 @@ class CurlTransport:
                 return _refusal_or_raise(target, transfer, verdict)
             return _FileFacts.told_by(transfer.easy)
         finally:
-            transfer.close()
+            _close(target, transfer)
 
     async def _begin_file(
         self, target: _Target, transfer: Transfer, known: _FileFacts, span: _Span | None
@@ -251,7 +251,7 @@ class CurlResponse:
             if self._transfer is not None:
                 if not reuse and self.http_version != "2":
                     self._transfer.abandon_connection()
-                self._transfer.close()
+                _close(self._target, self._transfer)
         await trio.lowlevel.checkpoint_if_cancelled()
 
 
@@ -303,6 +303,12 @@ def _start(transfer: Transfer, target: _Target) -> None:
         transfer.start()
     except LoopClosed as error:
         raise TransportError("reset", f"{target.shown}: {error}") from error
+
+
+def _close(target: _Target, transfer: Transfer) -> None:
+    if target.scheme == "sftp":
+        transfer.cut_connection()
+    transfer.close()
 
 
 def _apply(target: _Target, easy: pycurl.Curl) -> None:
@@ -616,6 +622,12 @@ def _error(target: _Target, transfer: Transfer, *, answered: bool) -> TransportE
         text = str(failure) if failure is not None else "the exchange ended without a reply"
         return TransportError("truncated" if answered else "reset", f"{target.shown}: {text}")
     text = target.redact(failure.text) or pycurl.easy_strerror(failure.code)
+    if target.identity.proxy is not None and not answered:
+        refusal = transfer.easy.getinfo(pycurl.HTTP_CONNECTCODE)
+        if refusal in (401, 407):  # tinyproxy says 401
+            return TransportError("refused", f"{target.shown}: the proxy refuses the login ({refusal})")
+        if 400 <= refusal < 500:
+            return TransportError("refused", f"{target.shown}: the proxy refuses to connect ({refusal})")
     return TransportError(_kind(target, transfer, failure, answered), f"{target.shown}: {text}")
 
 

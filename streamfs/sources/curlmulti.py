@@ -122,10 +122,19 @@ class Transfer:
         """Shut down the connection of an ended transfer, so that libcurl finds it dead instead of reusing it; not if
         another transfer has it by now. For connections that carry one transfer at a time."""
         if self.done and not self._closed and not self._loop.connection_in_use(self):
-            fd = self.easy.getinfo(pycurl.ACTIVESOCKET)
-            if fd >= 0:
-                with socket.socket(fileno=os.dup(fd)) as connection, contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+            self._shut_down()
+
+    def cut_connection(self) -> None:
+        """Shut down the connection of a transfer that has not ended, where libcurl's farewell would block: libssh2
+        waits for the server's answers in `close`. For connections that carry one transfer at a time."""
+        if self._started and not self.done and not self._closed:
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        fd = self.easy.getinfo(pycurl.ACTIVESOCKET)
+        if fd >= 0:
+            with socket.socket(fileno=os.dup(fd)) as connection, contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Take the transfer off the loop at once; an unfinished one loses its connection (or HTTP/2 stream).

@@ -113,6 +113,8 @@ def judge(asked: Asked, status: int, headers: Headers, now: float) -> Verdict:
         return _judge_unsatisfied(asked, headers)
     if status in RETRYABLE or 500 <= status <= 599:
         return Again(f"the server answered {status}", _retry_after(headers, now))
+    if status == 407:
+        return Refused("the proxy refuses the login (407)", status)
     return Refused(f"the server answered {status}", status)
 
 
