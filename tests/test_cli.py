@@ -81,7 +81,7 @@ def test_a_url_is_added_with_its_options(home: Home, tmp_path: Path, capfd: pyte
     url = "https://u:p@h.example/x?token=1"
     out = ok(
         *("add", "a/b", url, "--size", "5MiB", "--header", "A: b:c", "--header", "D:", "--stall-timeout", "none"),
-        *("--cookie-file", "cookies.txt", "--window", "30m", "--no-probe", "--insecure", "--allow-private"),
+        *("--cookie-file", "cookies.txt", "--no-probe", "--insecure", "--allow-private"),
         *("--size-policy", "wait", "--proxy", "socks5h://p:1", "--transform", "gunzip", "--transform", "digest"),
         capfd=capfd,
     )
@@ -92,8 +92,16 @@ def test_a_url_is_added_with_its_options(home: Home, tmp_path: Path, capfd: pyte
     assert (options.size, options.headers) == (5 << 20, (("A", "b:c"), ("D", "")))
     assert (options.stall_timeout, options.probe, options.insecure, options.allow_private) == (None, False, True, True)
     assert options.cookie_file == str(tmp_path / "cookies.txt")
-    assert (options.size_policy, options.window, options.proxy) == ("wait", "30m", "socks5h://p:1")
+    assert (options.size_policy, options.window, options.proxy) == ("wait", None, "socks5h://p:1")
     assert (options.transforms, options.cwd) == (("gunzip", "digest"), None)
+
+
+def test_a_window_is_kept_and_excludes_waiting_for_an_end(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    ok("add", "radio", "http://h.example/live", "--window", "30m", capfd=capfd)
+    assert registered(home)[0].options.window == "30m"
+    argv = ("add", "other", "http://h.example/live", "--window", "30m", "--size-policy", "wait")
+    line = fails(*argv, code=2, capfd=capfd)
+    assert "--window" in line
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,10 @@ class StallingOrigin:
         self._ready.set()
         await self._stop.wait()
         server.close()
-        for task in asyncio.all_tasks(self._loop) - {asyncio.current_task(self._loop)}:
+        connections = asyncio.all_tasks(self._loop) - {asyncio.current_task(self._loop)}
+        for task in connections:
             task.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
@@ -80,7 +82,9 @@ class StallingOrigin:
                     await writer.drain()
                 else:
                     await reader.read()  # until the client leaves
-        writer.close()
+        writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}/{path}"
