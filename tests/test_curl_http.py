@@ -638,13 +638,15 @@ async def test_a_cancelled_request_is_gone_from_libcurl_and_its_connection_close
         assert await stream.receive_some() == b""
         closed.set()
 
-    async with origin(silent) as url, trio.open_nursery() as nursery:
-        nursery.start_soon(get, transport, url)
-        await asked.wait()
-        nursery.cancel_scope.cancel()
-        assert transport.active_transfers == 1
-    assert transport.active_transfers == 0
-    assert asked.is_set()
+    async with origin(silent) as url:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(get, transport, url)
+            await asked.wait()
+            assert transport.active_transfers == 1
+            nursery.cancel_scope.cancel()
+        assert transport.active_transfers == 0
+        with trio.fail_after(5):
+            await closed.wait()
 
 
 async def test_a_cancelled_receive_loses_no_byte(transport: CurlTransport) -> None:

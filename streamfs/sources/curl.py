@@ -35,6 +35,11 @@ from streamfs.sources.curlmulti import CurlFailure, LoopClosed, Transfer, Transf
 from streamfs.sources.transport import Ending, Identity, Request, TransportError
 
 HOST_CONNECTIONS = 4096  # a guard, not a queue: see plain.CONNECTIONS_PER_HOST
+# After the last byte of an ftp or sftp file, in seconds; all three are guesses. During the last two libcurl may block
+# the program, where the server is silent.
+CLOSING_WORD_TIMEOUT = 0.1
+FAREWELL_TIMEOUT = 0.25
+UNSIZED_RESPONSE_TIMEOUT = 10  # of every reply of an ftp server that names no size
 KNOWN_HOSTS_VARIABLE = "STREAMFS_KNOWN_HOSTS"
 
 _Kind = Literal["connect", "tls", "reset", "truncated", "protocol", "refused"]
@@ -151,7 +156,7 @@ class CurlTransport:
             headers.append(("content-range", f"bytes {chosen.first}-{chosen.last}/{known.size}"))
         if length is not None:
             headers.append(("content-length", str(length)))
-        if target.request.method == "HEAD":
+        if target.request.method == "HEAD" or length == 0:
             return _bare_response(target, status, "OK", headers)
         transfer = Transfer(self._loop)
         try:
@@ -159,6 +164,9 @@ class CurlTransport:
             if refusal is not None:
                 _close(target, transfer)
                 return _bare_response(target, refusal.status, refusal.text)
+            if length is None and transfer.done and transfer.failure is None and transfer.received == 0:
+                length = 0  # sftp names no size for an empty file
+                headers.append(("content-length", "0"))
             ending: Ending = "length" if length is not None else "chunked"
             return CurlResponse(transfer, target, status, "OK", "1.1", headers, ending, length)
         except BaseException:
@@ -189,6 +197,10 @@ class CurlTransport:
             easy.setopt(pycurl.RESUME_FROM_LARGE, span.first)  # ends in order, so the connection can be reused
         elif span is not None:
             easy.setopt(pycurl.RANGE, f"{span.first}-{span.last}")
+        transfer.hold_at = known.size if span is None else span.length
+        if transfer.hold_at is None:
+            # No telling which piece is the last, so libcurl waits for the server's closing word by itself.
+            easy.setopt(pycurl.FTP_RESPONSE_TIMEOUT, UNSIZED_RESPONSE_TIMEOUT)
         _start(transfer, target)
         await transfer.wait_until(lambda: transfer.received > 0)
         if transfer.failure is not None and transfer.received == 0:
@@ -236,12 +248,22 @@ class CurlResponse:
             return 0
         try:
             count = await transfer.receive_into(view)
+            if count == 0:
+                await self._settle(transfer)
         except (CurlFailure, LoopClosed) as error:
             raise _error(self._target, transfer, answered=True) from error
         if count == 0 and self._length is not None and transfer.received != self._length:
             text = f"the body has {transfer.received} bytes where {self._length} were declared"
             raise TransportError("truncated", f"{self._target.shown}: {text}")
         return count
+
+    async def _settle(self, transfer: Transfer) -> None:
+        """All bytes of a file are here: hear the server's closing word, if it comes soon. Its complaint counts, its
+        silence costs the connection only."""
+        await transfer.settle(CLOSING_WORD_TIMEOUT, FAREWELL_TIMEOUT)
+        failure = transfer.failure
+        if transfer.held and isinstance(failure, CurlFailure) and failure.code != _TIMED_OUT:
+            raise failure
 
     async def aclose(self, *, reuse: bool = True) -> None:
         """Take the transfer off libcurl at once; an unfinished one loses its connection. Without `reuse` the

@@ -67,6 +67,8 @@ class Transfer:
         self.received = 0  # bytes handed over by libcurl
         self.failure: Exception | None = None  # set once, with `done`
         self.done = False  # libcurl has ended the transfer; the backlog may still hold bytes
+        self.hold_at: int | None = None  # stop before libcurl's own end once `received` is this much; see `settle`
+        self.held = False  # ... and that has happened: all bytes are here, the server's closing word is not asked for
         self._loop = loop
         self._started = False
         self._closed = False
@@ -99,15 +101,15 @@ class Transfer:
 
     async def receive_into(self, view: memoryview) -> int:
         """Put at least one byte at the front of `view` (not empty) and return how many; 0 once libcurl has declared
-        the transfer complete. Raises CurlFailure or LoopClosed after the bytes that came before it. A cancelled
-        call has taken no byte."""
+        the transfer complete, or it is `held`. Raises CurlFailure or LoopClosed after the bytes that came before it.
+        A cancelled call has taken no byte."""
         await trio.lowlevel.checkpoint_if_cancelled()
         count = self._drain_into(view)
         if self._paused and self._backlog_size <= BACKLOG_LIMIT // 2:
             count += self._resume_into(view[count:])
         if count:
             return count
-        if not self.done:
+        if not (self.done or self.held):
             self._view, self._filled = view, 0
             try:
                 await self._wait()
@@ -117,6 +119,35 @@ class Transfer:
         if count == 0 and self.failure is not None:
             raise self.failure
         return count
+
+    async def settle(self, word_timeout: float, farewell_timeout: float) -> None:
+        """After `held`: let libcurl end the transfer in order, so that its connection can serve again.
+
+        libcurl waits for the closing word of an ftp or sftp server (226, the reply to a close) inside its own call
+        and so holds up every task. It is therefore let go only when the word has arrived, or `word_timeout` seconds
+        later, and may then spend `farewell_timeout` seconds. An expired wait shows as CURLE_OPERATION_TIMEDOUT."""
+        if self.held and not self.done:
+            await self._readable(word_timeout)
+            if not self._closed:
+                await self._release(farewell_timeout)
+
+    async def _release(self, farewell_timeout: float) -> None:
+        elapsed = self.easy.getinfo(pycurl.TOTAL_TIME_T) // 1000  # milliseconds
+        self.easy.setopt(pycurl.TIMEOUT_MS, elapsed + int(farewell_timeout * 1000))
+        try:
+            self.easy.pause(pycurl.PAUSE_CONT)
+        except pycurl.error as error:
+            self.finish(CurlFailure(*_code_and_text(error)))
+        await self.wait_until(lambda: False)
+
+    async def _readable(self, timeout: float) -> None:
+        """Wait until the (control) connection has something to say, at most `timeout` seconds."""
+        fd = self.easy.getinfo(pycurl.ACTIVESOCKET)
+        if fd < 0:
+            return
+        # A descriptor of our own: libcurl may close its one meanwhile.
+        with socket.socket(fileno=os.dup(fd)) as connection, trio.move_on_after(timeout):
+            await trio.lowlevel.wait_readable(connection)
 
     def abandon_connection(self) -> None:
         """Shut down the connection of an ended transfer, so that libcurl finds it dead instead of reusing it; not if
@@ -168,7 +199,7 @@ class Transfer:
             if self._waiting_for is not None:
                 if not self._waiting_for():
                     return
-            elif self._filled == 0:
+            elif self._filled == 0 and not self.held:
                 return
         waiter, self._waiter, self._waiting_for = self._waiter, None, None
         trio.lowlevel.reschedule(waiter)
@@ -188,6 +219,8 @@ class Transfer:
     def _on_data(self, data: memoryview) -> int:
         """libcurl's write callback: takes all of `data`, or none of it and the transfer pauses."""
         size = len(data)
+        if self.held:
+            return size  # the last piece once more, after the pause that held it
         taken = 0
         if self._view is not None and self._filled < len(self._view):
             taken = min(size, len(self._view) - self._filled)
@@ -203,6 +236,10 @@ class Transfer:
             self._backlog_size += size - taken
         self.received += size
         self.touch()
+        if self.hold_at is not None and self.received >= self.hold_at:
+            # Taken, and yet refused: libcurl keeps it, pauses, and does not go on to its blocking farewell.
+            self.held = True
+            return pycurl.WRITEFUNC_PAUSE  # type: ignore[no-any-return]
         return size
 
     def _drain_into(self, view: memoryview) -> int:
