@@ -6,8 +6,10 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -234,6 +236,19 @@ async def test_whole_files_reuse_the_logged_in_connection(transport: CurlTranspo
     before = logins(site.server)
     for _ in range(3):
         await get(transport, site, "small")
+    assert logins(site.server) - before == 1
+
+
+async def test_a_reader_who_stops_at_the_known_length_leaves_the_connection_too(
+    transport: CurlTransport, site: Site
+) -> None:
+    before = logins(site.server)
+    for _ in range(3):
+        response = await transport.request(Request(f"{site.base}/small", identity=site.identity))
+        received = 0
+        while received < len(SMALL):
+            received += await response.receive_into(memoryview(bytearray(len(SMALL))))
+        await response.aclose()
     assert logins(site.server) - before == 1
 
 
@@ -474,6 +489,35 @@ async def test_a_silent_ftp_server_at_the_end_holds_up_nobody_and_no_byte(transp
             nursery.cancel_scope.cancel()
     assert body == b"x" * 100_000
     assert max(gaps) < 1
+
+
+async def test_a_silent_sftp_server_at_the_end_holds_up_nobody_and_no_byte(
+    transport: CurlTransport, sftp: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMFS_KNOWN_HOSTS", str(sftp.files["known_hosts"]))
+    response = await transport.request(sftp_request(sftp))
+    received = bytearray()
+    memory = memoryview(bytearray(len(SMALL)))
+    while len(received) < len(SMALL):
+        received += memory[: await response.receive_into(memory)]
+    stopped = descendants(sftp.pid)
+    assert stopped
+    try:
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        assert await response.receive_into(memory) == 0
+        await response.aclose()
+        assert time.monotonic() - began < 1.5
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    assert received == SMALL
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [found for child in children for found in descendants(child)]
 
 
 async def test_a_complaint_after_the_last_ftp_byte_is_heard(transport: CurlTransport) -> None:

@@ -268,12 +268,19 @@ class CurlResponse:
     async def aclose(self, *, reuse: bool = True) -> None:
         """Take the transfer off libcurl at once; an unfinished one loses its connection. Without `reuse` the
         connection of a finished HTTP/1 transfer is shut down too, unless another transfer has it by now."""
-        if not self._closed:
-            self._closed = True
-            if self._transfer is not None:
-                if not reuse and self.http_version != "2":
-                    self._transfer.abandon_connection()
-                _close(self._target, self._transfer)
+        if self._closed:
+            return
+        self._closed = True
+        transfer = self._transfer
+        if transfer is not None:
+            try:
+                if reuse:
+                    # A reader who knows the length need not have asked for the end.
+                    await transfer.settle(CLOSING_WORD_TIMEOUT, FAREWELL_TIMEOUT)
+                elif self.http_version != "2":
+                    transfer.abandon_connection()
+            finally:
+                _close(self._target, transfer)
         await trio.lowlevel.checkpoint_if_cancelled()
 
 
