@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -9,6 +10,7 @@ import mmap
 import os
 import select
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pyfuse3
@@ -49,12 +51,29 @@ def _guarded(handler: _Handler) -> _Handler:
 class _OpenFile(NamedTuple):
     opener: int  # pid
     direct: bool  # the kernel passes every read on
-    nonblocking: bool  # opened with O_NONBLOCK: reads give what is there, or EAGAIN
+    nonblocking: int  # the inode, where it was opened with O_NONBLOCK: reads give what is there, or EAGAIN; else 0
 
 
 class _Listing(NamedTuple):
     inode: int
     names: list[bytes]  # as they were when the listing was begun, so that its offsets stay good
+
+
+def _is_still_nonblocking(pid: int, inode: int) -> bool:
+    """Whether every descriptor that the process has on the inode is O_NONBLOCK now. Players open with it and take it
+    back (F_SETFL) once they see a regular file, and pyfuse3 does not pass a read's own flags on. Reading fdinfo asks
+    no file system; before Linux 5.14 it names no inode, and reads wait as those of regular files do."""
+    flags = []
+    try:
+        for entry in os.scandir(f"/proc/{pid}/fdinfo"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                fields = dict(line.split(":", 1) for line in Path(entry.path).read_text().splitlines() if ":" in line)
+                if int(fields.get("ino", "0")) == inode:
+                    flags.append(int(fields["flags"], 8))
+    except OSError as error:
+        log.debug("cannot look at the descriptors of process %d: %s", pid, error)
+        return False
+    return bool(flags) and all(flag & os.O_NONBLOCK for flag in flags)
 
 
 def _notify(handle: pyfuse3.PollHandle) -> None:
@@ -156,7 +175,7 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EACCES)
         with self._interrupts.watch(ctx.pid):
             opened = await self._fs.open(inode)
-        eager = opened.direct and bool(flags & os.O_NONBLOCK)
+        eager = inode if opened.direct and flags & os.O_NONBLOCK else 0
         # With O_DIRECT programs get the replies to reads themselves, which must then not be those to read-ahead.
         direct = opened.direct or bool(flags & os.O_DIRECT)
         self._files[opened.handle] = _OpenFile(self._interrupts.process_of(ctx.pid), direct, eager)
@@ -172,7 +191,7 @@ class Operations(pyfuse3.Operations):
         with self._interrupts.watch(file.opener, ahead=not file.direct):
             if not file.direct:
                 return await self._read_cached(fh, off, size)
-            if not file.nonblocking:
+            if not file.nonblocking or not _is_still_nonblocking(file.opener, file.nonblocking):
                 return await self._fs.read(fh, off, size, partial=True)
             found = await self._fs.read_available(fh, off, size)
         if found is None:
