@@ -19,13 +19,13 @@ SOAK = int(os.environ.get("STREAMFS_SOAK", "1"))
 MIB = 1 << 20
 QUIET = StreamOptions(probe=False)
 _READ_ALL = """
-import hashlib, sys, threading
+import hashlib, os, sys, threading
 def read(path):
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while part := file.read(65536):
             digest.update(part)
-    sys.stdout.write(path.rsplit("/", 1)[1] + " " + digest.hexdigest() + "\\n")
+    os.write(1, (path.rsplit("/", 1)[1] + " " + digest.hexdigest() + "\\n").encode())  # a line in one piece
 threads = [threading.Thread(target=read, args=(line.strip(),)) for line in sys.stdin]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
