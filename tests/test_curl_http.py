@@ -198,9 +198,7 @@ async def test_finished_exchanges_leave_their_connection_for_the_next(transport:
     with servers.nginx(root, options=log_format) as server:
         for _ in range(5):
             await get(transport, f"http://{server.authority}/small.flac")
-        used = {line.split()[0] for line in connection_lines(server)}
-        assert len(connection_lines(server)) == 5
-        assert len(used) == 1
+        assert len({line.split()[0] for line in await connection_lines(server, 5)}) == 1
 
 
 async def test_a_connection_given_back_without_reuse_is_not_used_again(transport: CurlTransport, root: Path) -> None:
@@ -210,11 +208,19 @@ async def test_a_connection_given_back_without_reuse_is_not_used_again(transport
             response = await transport.request(Request(f"http://{server.authority}/small.flac"))
             await body_of(response)
             await response.aclose(reuse=False)
-        assert len({line.split()[0] for line in connection_lines(server)}) == 3
+        assert len({line.split()[0] for line in await connection_lines(server, 3)}) == 3
 
 
-def connection_lines(server: Server) -> list[str]:
-    return [line for line in (server.home / "output.log").read_text().splitlines() if line]
+async def connection_lines(server: Server, count: int) -> list[str]:
+    """The `count` lines that nginx logs, each of them a little after its reply."""
+    with trio.fail_after(20):
+        while True:
+            text = await trio.Path(server.home / "output.log").read_text()
+            lines = [line for line in text.splitlines() if line]
+            if len(lines) >= count and text.endswith("\n"):
+                assert len(lines) == count
+                return lines
+            await trio.sleep(0.01)
 
 
 async def test_no_more_than_the_allowed_connections_to_one_host(root: Path) -> None:
