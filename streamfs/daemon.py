@@ -310,7 +310,15 @@ class _Life:
         }
 
     async def _ping(self, params: dict[str, Any]) -> Any:
-        return {"pid": os.getpid(), "mountpoint": os.fspath(self._mountpoint), "version": streamfs.__version__}
+        """Who we are, and what we hold now: `tasks` under way, bytes of `memory` handed out, `open` files."""
+        return {
+            "pid": os.getpid(),
+            "mountpoint": os.fspath(self._mountpoint),
+            "version": streamfs.__version__,
+            "tasks": trio.lowlevel.current_statistics().tasks_living,
+            "memory": self._fs.memory_used,
+            "open": self._fs.open_files,
+        }
 
     async def _add(self, params: dict[str, Any]) -> Any:
         await self._fs.add([_spec(params["spec"])], replace=bool(params.get("replace", False)))

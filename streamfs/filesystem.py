@@ -457,6 +457,11 @@ class FileSystem:
     def open_files(self) -> int:
         return len(self._handles)
 
+    @property
+    def memory_used(self) -> int:
+        """Bytes of the memory budget that are handed out now."""
+        return self._cache.pool.used
+
     def size_of(self, number: int) -> int | None:
         """The length of an open file, None while unknown."""
         return self._handles[number][0].size
