@@ -19,12 +19,34 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 
 import msgspec
 
-from streamfs.errors import AlreadyExists, Busy, Damaged, InvalidRequest, NoSpace, NotFound, NotPermitted, StreamfsError
-from streamfs.spec import AnySource, Facts, StreamOptions, StreamSpec, check_name, check_spec, from_json, to_json
+from streamfs.errors import (
+    AlreadyExists,
+    Busy,
+    Damaged,
+    InvalidRequest,
+    NoSpace,
+    NotEmpty,
+    NotFound,
+    NotPermitted,
+    StreamfsError,
+)
+from streamfs.spec import (
+    AnySource,
+    Facts,
+    IfTaken,
+    Registration,
+    StreamOptions,
+    StreamSpec,
+    check_name,
+    check_spec,
+    from_json,
+    numbered,
+    to_json,
+)
 
 FIRST_ID = 2  # ids become inodes, and 1 is the root of every FUSE mount
 _APPLICATION_ID = 0x73666373  # "sfcs", in the file's header
@@ -49,6 +71,8 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (  # entry N takes schema version N t
         """,
         f"INSERT INTO sqlite_sequence (name, seq) VALUES ('streams', {FIRST_ID - 1})",
     ),
+    # Folders that were made for themselves, and stay without streams; those of streams' names are nowhere written.
+    ("CREATE TABLE folders (name BLOB PRIMARY KEY) WITHOUT ROWID",),
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 _COLUMNS = (
@@ -85,6 +109,18 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def name(self) -> str:
         return self.spec.name
+
+
+class Registered(NamedTuple):
+    """What became of one entry of an import. `wanted`: the name it came with."""
+
+    outcome: Literal["added", "unchanged", "skipped", "replaced", "renamed"]
+    wanted: str
+    entry: Entry
+
+
+class _Undone(Exception):
+    """Ends a transaction that was only tried."""
 
 
 class Catalog:
@@ -140,6 +176,12 @@ class Catalog:
             row = self._database.execute("SELECT count(*) FROM streams").fetchone()
         return int(row[0])
 
+    def folders(self) -> list[str]:
+        """The folders that were made for themselves, in the order of their names' bytes."""
+        with self._guard, self._errors():
+            rows = self._database.execute("SELECT name FROM folders ORDER BY name").fetchall()
+        return [_name(row[0]) for row in rows]
+
     # ── changing ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def add(self, spec: StreamSpec, replace: bool = False) -> Entry:
@@ -155,6 +197,49 @@ class Catalog:
         with self._transaction():
             return [self._insert(spec, now, replace) for spec in checked]
 
+    def register(self, items: Iterable[Registration], taken: IfTaken, *, dry_run: bool = False) -> list[Registered]:
+        """Register the streams of a list, all of them or none. One that is there already as it is stays so; of
+        another one of its name `taken` says: "refuse" (AlreadyExists, for all), "skip", "replace", or "rename", which
+        gives the new one the name "x (2)", unless its source is there under that name. Facts that an item has count
+        as known. With `dry_run` nothing is changed; ids are then without meaning. Raises as `add`."""
+        checked = [(item, check_spec(item.spec)) for item in items]
+        now = time.time()
+        done: list[Registered] = []
+        try:
+            with self._transaction():
+                clashes: list[str] = []
+                for item, spec in checked:
+                    registered = self._register(item, spec, now, taken)
+                    if registered is None:
+                        clashes.append(spec.name)
+                    else:
+                        done.append(registered)
+                if clashes:
+                    more = f" and {len(clashes) - 1} others" if len(clashes) > 1 else ""
+                    raise AlreadyExists(f"streams of these names exist already: {clashes[0]!r}{more}")
+                if dry_run:
+                    raise _Undone
+        except _Undone:
+            pass
+        return done
+
+    def add_folder(self, name: str) -> None:
+        """Make a folder that stays without streams. Raises AlreadyExists where the name, or a part of it, is a
+        stream's; as check_name."""
+        check_name(name)
+        with self._transaction():
+            if self._find(name) is not None:
+                raise AlreadyExists(f"a stream {name!r} exists already")
+            self._check_folders(name)
+            self._database.execute("INSERT OR IGNORE INTO folders (name) VALUES (?)", (_key(name),))
+
+    def remove_folder(self, name: str) -> None:
+        """Forget a folder that `add_folder` made, if there is one. Raises NotEmpty where something is in it."""
+        with self._transaction():
+            if self._is_inhabited(name):
+                raise NotEmpty(f"the folder {name!r} is not empty")
+            self._database.execute("DELETE FROM folders WHERE name = ?", (_key(name),))
+
     def remove(self, names: Iterable[str]) -> list[Entry]:
         """Forget the streams, all of them or none; gives what they were. Raises NotFound."""
         with self._transaction():
@@ -164,7 +249,8 @@ class Catalog:
 
     def rename(self, old: str, new: str, replace: bool = False) -> list[Entry]:
         """Give the stream, or every stream of the folder, `old` its new name; ids stay. Gives the changed entries.
-        With `replace`, a stream (never a folder) that has the name `new` is removed where `old` is a stream too.
+        With `replace`, a stream that has the name `new` is removed where `old` is a stream too, and an empty folder
+        of that name gives way to a folder.
         Raises NotFound, AlreadyExists for a taken name, InvalidRequest for a name that cannot be or for a folder
         moved into itself."""
         check_name(new)
@@ -172,7 +258,7 @@ class Catalog:
             entry = self._find(old)
             if entry is not None:
                 return self._rename_stream(entry, new, replace)
-            return self._rename_folder(old, new)
+            return self._rename_folder(old, new, replace)
 
     def set_persist(self, stream_id: int, on: bool) -> Entry:
         """Raises NotFound."""
@@ -214,13 +300,51 @@ class Catalog:
             if taken.spec == spec:
                 return taken
             self._database.execute("DELETE FROM streams WHERE id = ?", (taken.id,))
+        return self._put(spec, now)
+
+    def _put(self, spec: StreamSpec, now: float, facts: Facts | None = None, persist: bool = False) -> Entry:
+        """A new row, under a name that no stream has."""
         self._check_place(spec.name)
+        known = facts or Facts()
+        probed = None if facts is None else now
         cursor = self._database.execute(
-            "INSERT INTO streams (name, source, options, added) VALUES (?, ?, ?, ?)",
-            (_key(spec.name), to_json(spec.source).decode(), to_json(spec.options).decode(), now),
+            "INSERT INTO streams (name, source, options, added, persist, size, mime, probed)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                _key(spec.name),
+                to_json(spec.source).decode(),
+                to_json(spec.options).decode(),
+                now,
+                persist,
+                known.size,
+                known.mime,
+                probed,
+            ),
         )
         assert cursor.lastrowid is not None
-        return Entry(id=cursor.lastrowid, spec=spec, added=now)
+        kept = None if facts is None else Facts(size=known.size, mime=known.mime)
+        return Entry(id=cursor.lastrowid, spec=spec, added=now, persist=persist, facts=kept, probed=probed)
+
+    def _register(self, item: Registration, spec: StreamSpec, now: float, taken: IfTaken) -> Registered | None:
+        """None where the name is taken and must not be."""
+        outcome: Literal["added", "replaced", "renamed"] = "added"
+        wanted = spec.name
+        found = self._find(wanted)
+        if found is not None:
+            if found.spec == spec or (taken == "rename" and found.spec.source == spec.source):
+                return Registered("unchanged", wanted, found)
+            if taken == "refuse":
+                return None
+            if taken == "skip":
+                return Registered("skipped", wanted, found)
+            if taken == "replace":
+                self._database.execute("DELETE FROM streams WHERE id = ?", (found.id,))
+                outcome = "replaced"
+        if taken == "rename" and (found is not None or self._is_folder(wanted)):
+            name = next(name for name in numbered(wanted) if not self._find(name) and not self._is_folder(name))
+            spec = msgspec.structs.replace(spec, name=check_name(name))
+            outcome = "renamed"
+        return Registered(outcome, wanted, self._put(spec, now, item.facts, bool(item.persist)))
 
     def _rename_stream(self, entry: Entry, new: str, replace: bool) -> list[Entry]:
         if new == entry.name:
@@ -234,11 +358,12 @@ class Catalog:
         self._database.execute("UPDATE streams SET name = ? WHERE id = ?", (_key(new), entry.id))
         return [self._numbered(entry.id)]
 
-    def _rename_folder(self, old: str, new: str) -> list[Entry]:
+    def _rename_folder(self, old: str, new: str, replace: bool) -> list[Entry]:
         low, high = _below(old)
         inside = self._database.execute("SELECT id, name FROM streams WHERE name >= ? AND name < ?", (low, high))
         moved = [(stream_id, new + _name(name)[len(old) :]) for stream_id, name in inside.fetchall()]
-        if not moved:
+        made = self._made_folders(old)
+        if not moved and not made:
             raise NotFound(f"no stream or folder {old!r}")
         if new == old:
             return []
@@ -246,17 +371,44 @@ class Catalog:
             raise InvalidRequest(f"the folder {old!r} cannot be moved into itself")
         if self._find(new) is not None:
             raise AlreadyExists(f"a stream {new!r} exists already")
+        if replace and not self._is_inhabited(new):
+            self._database.execute("DELETE FROM folders WHERE name = ?", (_key(new),))
         self._check_place(new)
-        for _, name in moved:
+        self._database.executemany("DELETE FROM folders WHERE name = ?", [(_key(name),) for name in made])
+        renamed = [new + name[len(old) :] for name in made]
+        for name in (*renamed, *(name for _, name in moved)):
             check_name(name)
+        self._database.executemany("INSERT INTO folders (name) VALUES (?)", [(_key(name),) for name in renamed])
         self._database.executemany("UPDATE streams SET name = ? WHERE id = ?", [(_key(n), i) for i, n in moved])
         return [self._numbered(stream_id) for stream_id, _ in moved]
 
     def _check_place(self, name: str) -> None:
         """A name is a stream's or a folder's, never both."""
-        low, high = _below(name)
-        if self._database.execute("SELECT 1 FROM streams WHERE name >= ? AND name < ?", (low, high)).fetchone():
-            raise AlreadyExists(f"{name!r} is a folder of other streams")
+        if self._is_folder(name):
+            raise AlreadyExists(f"{name!r} is a folder")
+        self._check_folders(name)
+
+    def _is_folder(self, name: str) -> bool:
+        made = self._database.execute("SELECT 1 FROM folders WHERE name = ?", (_key(name),)).fetchone()
+        return made is not None or self._is_inhabited(name)
+
+    def _is_inhabited(self, folder: str) -> bool:
+        """Whether a stream, or a folder that was made, is below `folder`."""
+        within = _below(folder)
+        return any(
+            self._database.execute(f"SELECT 1 FROM {table} WHERE name >= ? AND name < ?", within).fetchone()
+            for table in ("streams", "folders")
+        )
+
+    def _made_folders(self, folder: str) -> list[str]:
+        """`folder` itself and those below it, as far as they were made."""
+        rows = self._database.execute(
+            "SELECT name FROM folders WHERE name = ? OR (name >= ? AND name < ?)", (_key(folder), *_below(folder))
+        )
+        return [_name(row[0]) for row in rows.fetchall()]
+
+    def _check_folders(self, name: str) -> None:
+        """The parts of a name before its last are not streams."""
         parts = name.split("/")
         for depth in range(1, len(parts)):
             folder = "/".join(parts[:depth])

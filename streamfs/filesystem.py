@@ -7,6 +7,7 @@ and `read` wait for sources, each for its own stream.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -19,7 +20,7 @@ import trio
 
 from streamfs import xattrs
 from streamfs.cache import Cache
-from streamfs.catalog import Catalog, Entry
+from streamfs.catalog import Catalog, Entry, Registered
 from streamfs.errors import (
     AlreadyExists,
     Closed,
@@ -36,9 +37,9 @@ from streamfs.errors import (
 )
 from streamfs.generation import Context
 from streamfs.sources.base import Facts, Source
-from streamfs.spec import NAME_PART_BYTES, StreamSpec, UrlSource, check_name
+from streamfs.spec import NAME_PART_BYTES, IfTaken, Registration, StreamSpec, UrlSource, check_name, check_url
 from streamfs.stream import Handle, Stream
-from streamfs.tree import File, Folder, Node, Tree, is_bare
+from streamfs.tree import File, Folder, Node, Tree, is_bare, is_lasting
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,8 @@ class FileSystem:
         for entry in entries:
             self._entries[entry.id] = entry
             self._tree.add(entry, when=entry.added)
+        for folder in self._catalog.folders():
+            self._tree.add_folder(folder, when=self._started)
         self._cache.scan(self._entries)
         for entry in entries:
             if entry.persist:
@@ -348,16 +351,58 @@ class FileSystem:
         """Register streams, all or none; they show at once. Raises as Catalog.add_many."""
         entries = await self._change(self._catalog.add_many, list(specs), replace)
         for entry in entries:
-            old = self._find(entry.name)
-            if isinstance(old, File) and old.stream_id != entry.id:
-                self._drop(self._entries[old.stream_id], keep_folders=True)  # its folder gets the other one
-            self._entries[entry.id] = entry
-            self._tree.add(entry)
-            if probe and entry.probed is None and _wants_probe(entry.spec):
-                self._in_background(self._probe, self._stream(entry.id))
-            if entry.spec.options.eager:
-                self._in_background(self._start_eagerly, self._stream(entry.id))
+            self._show(entry, probe=probe and entry.probed is None)
         return entries
+
+    async def register(
+        self, items: Iterable[Registration], taken: IfTaken, *, probe: bool = False, dry_run: bool = False
+    ) -> list[Registered]:
+        """Register the streams of a list, all or none; they show at once. `probe`: ask the sources of those that are
+        new. Raises as Catalog.register."""
+        method = functools.partial(self._catalog.register, dry_run=dry_run)
+        done = await self._change(method, list(items), taken)
+        for outcome, _, entry in () if dry_run else done:
+            if outcome not in ("unchanged", "skipped"):
+                self._show(entry, probe=probe)
+        return done
+
+    def _show(self, entry: Entry, *, probe: bool) -> None:
+        """A new entry of the catalogue."""
+        old = self._find(entry.name)
+        if isinstance(old, File) and old.stream_id != entry.id:
+            self._drop(self._entries[old.stream_id], keep_folders=True)  # its folder gets the other one
+        self._entries[entry.id] = entry
+        self._tree.add(entry)
+        if entry.persist:
+            self._stream(entry.id).set_entry(entry)
+        if probe and _wants_probe(entry.spec):
+            self._in_background(self._probe, self._stream(entry.id))
+        if entry.spec.options.eager:
+            self._in_background(self._start_eagerly, self._stream(entry.id))
+
+    async def link(self, parent: int, name: bytes, target: bytes) -> Attributes:
+        """`ln -s URL NAME` in the mount: registers the URL. Raises AlreadyExists, NameTooLong, NotPermitted for a
+        target that is no URL which streamfs can open."""
+        _check_length(name)
+        folder = self._folder(parent)
+        if name in folder.children:
+            raise AlreadyExists("the name is taken")
+        try:
+            source = UrlSource(check_url(os.fsdecode(target)))
+        except InvalidRequest as error:
+            raise NotPermitted(f"links are made to URLs only: {error}") from error
+        (entry,) = await self.add([StreamSpec(name=self._tree.path_of(folder, name), source=source)])
+        return self._attributes(self._tree.file_of(entry.id))
+
+    async def make_folder(self, parent: int, name: bytes) -> Attributes:
+        """`mkdir` in the mount: a folder that stays until it is removed. Raises AlreadyExists, NameTooLong."""
+        _check_length(name)
+        folder = self._folder(parent)
+        if name in folder.children:
+            raise AlreadyExists("the name is taken")
+        path = self._tree.path_of(folder, name)
+        await self._change(self._catalog.add_folder, path)
+        return self._attributes(self._tree.add_folder(path))
 
     async def remove(self, names: Iterable[str]) -> None:
         """Forget streams, all or none. Who has one open keeps what is there. Raises NotFound."""
@@ -372,12 +417,19 @@ class FileSystem:
         for entry in await self._change(self._catalog.remove, [self._tree.path_of(folder, name)]):
             self._drop(entry, keep_folders=True)
 
-    def remove_folder(self, parent: int, name: bytes) -> None:
-        """`rmdir` in the mount, for a folder that was emptied there. Raises NotFound, NotDirectory, NotEmpty."""
-        node = self._tree.child(self._folder(parent), name)
+    async def remove_folder(self, parent: int, name: bytes) -> None:
+        """`rmdir` in the mount, for an empty folder. Raises NotFound, NotDirectory, NotEmpty."""
+        folder = self._folder(parent)
+        node = self._tree.child(folder, name)
         if not isinstance(node, Folder):
             raise NotDirectory("not a folder")
-        self._tree.remove_folder(node)
+        if node.children:
+            raise NotEmpty("the folder is not empty")
+        if node.lasting:
+            await self._change(self._catalog.remove_folder, self._tree.path_of(folder, name))
+            node.lasting = False
+        if node.parent is not None and node.parent.children.get(node.name) is node:  # nobody else removed it meanwhile
+            self._tree.remove_folder(node)
 
     async def rename(self, old: str, new: str, *, replace: bool = False, keep_folders: bool = False) -> None:
         """Rename a stream or a folder of streams. `keep_folders`: one that this empties stays. Raises as
@@ -408,11 +460,13 @@ class FileSystem:
             raise IsDirectory("the name is a folder's")
         if isinstance(there, File) and isinstance(node, Folder):
             raise NotDirectory("the name is a file's")
-        if isinstance(there, Folder) and there is not node and not is_bare(there):
+        if isinstance(there, Folder) and there is not node and there.children:
             raise NotEmpty("the folder of that name is not empty")
         old, new = self._tree.path_of(source, name), self._tree.path_of(target, new_name)
-        if isinstance(node, Folder) and is_bare(node):
-            self._tree.move(node, check_name(new), keep_folders=True)  # the catalogue knows nothing of it
+        if isinstance(node, Folder) and is_bare(node) and not is_lasting(node):  # the catalogue knows nothing of it
+            if isinstance(there, Folder) and there is not node and there.lasting:
+                await self._change(self._catalog.remove_folder, new)
+            self._tree.move(node, check_name(new), keep_folders=True)
         else:
             await self.rename(old, new, replace=replace, keep_folders=True)
 

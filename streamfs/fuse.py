@@ -27,6 +27,8 @@ AHEAD_PATIENCE = 0.1
 """Seconds a read of several pages for the kernel's cache waits for its last byte; then the kernel comes again for the
 single pages that programs wait for. Long enough for a request to most servers; a guess."""
 _NANOSECONDS = 10**9
+_FIRST_LINK = 1 << 60
+"""Above every inode of the tree: those of links that turn into files at once."""
 _Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
 
 
@@ -96,6 +98,7 @@ class Operations(pyfuse3.Operations):
         self._listings: dict[int, _Listing] = {}
         self._files: dict[int, _OpenFile] = {}
         self._next_listing = 1
+        self._next_link = _FIRST_LINK
         self._ahead = 0  # cached reads of more than a page that wait
         self.most_ahead = 0
         """How many of those may wait. The kernel counts them as background reads, and at its limit of these nobody
@@ -296,18 +299,30 @@ class Operations(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: int, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
-        raise pyfuse3.FUSEError(errno.EACCES)
+        self._check_owner(ctx)
+        made = await self._fs.make_folder(parent_inode, name)
+        self._fs.looked_up(made.inode)
+        return self._entry(made)
 
     @_guarded
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         self._check_owner(ctx)
-        self._fs.remove_folder(parent_inode, name)
+        await self._fs.remove_folder(parent_inode, name)
 
     @_guarded
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
-        raise pyfuse3.FUSEError(errno.EACCES)
+        """Registers the URL `target`. The kernel wants to hear of a symbolic link, and gets one for a moment, of an
+        inode that is nobody's; it looks the name up before each use, and finds the file."""
+        self._check_owner(ctx)
+        entry = self._entry(await self._fs.link(parent_inode, name, target))
+        entry.st_ino = InodeT(self._next_link)
+        self._next_link += 1
+        entry.st_mode = pyfuse3.ModeT(0o120777)
+        entry.st_size = len(target)
+        entry.attr_timeout = 0.0
+        return entry
 
     @_guarded
     async def link(

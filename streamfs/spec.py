@@ -8,11 +8,13 @@ make every collection slow.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -74,6 +76,10 @@ class StreamOptions(
     refresh_command: tuple[str, ...] | None = None
 
 
+IfTaken: TypeAlias = Literal["refuse", "skip", "replace", "rename"]
+"""What an import does with a name that is a stream's already."""
+
+
 class StreamSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One registered stream: name, source, options."""
 
@@ -115,6 +121,15 @@ class Facts:
     validator: str | None = None
     mime: str | None = None
     modified: float | None = None
+
+
+class Registration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """One entry of a list to import. `facts`: what the list says of its bytes, to be shown until the source tells
+    better; with them it is not asked by itself. `persist`: keep its whole; None: as the configuration says."""
+
+    spec: StreamSpec
+    facts: Facts | None = None
+    persist: bool | None = None
 
 
 class MountOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -266,6 +281,23 @@ def check_name(name: str) -> str:
         if len(part) > NAME_PART_BYTES:
             raise NameTooLong(f"a part of the name {name[:40]!r}… is longer than {NAME_PART_BYTES} bytes")
     return name
+
+
+def numbered(name: str) -> Iterator[str]:
+    """`name` with (2), (3), … before its ending, in a form that fits."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, ending = last.rpartition(".")
+    if not stem or not re.fullmatch(r"[A-Za-z0-9]{1,8}", ending):
+        stem, dot, ending = last, "", ""
+    for number in itertools.count(2):
+        tail = f" ({number}){dot}{ending}"
+        yield folder + slash + cut(stem, NAME_PART_BYTES - len(tail.encode("utf-8", "surrogateescape"))) + tail
+
+
+def cut(text: str, size: int) -> str:
+    """As much of `text` as `size` bytes of UTF-8 hold, in whole characters."""
+    raw = text.encode("utf-8", "surrogateescape")
+    return text if len(raw) <= size else raw[:size].decode("utf-8", "ignore")
 
 
 def check_url(url: str) -> str:

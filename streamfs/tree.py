@@ -26,9 +26,10 @@ class Folder:
     removed there, or a stream takes its name (otherwise `rm -r` would fail at a folder that is gone by itself).
 
     `modified`: when a name in it last came or went, in seconds since the epoch. `folders`: how many of `children` are.
+    `lasting`: it was made for itself, and goes only when it is removed.
     """
 
-    __slots__ = ("children", "folders", "inode", "modified", "name", "parent")
+    __slots__ = ("children", "folders", "inode", "lasting", "modified", "name", "parent")
 
     def __init__(self, inode: int, parent: Folder | None, name: bytes) -> None:
         self.inode = inode
@@ -37,6 +38,7 @@ class Folder:
         self.children: dict[bytes, Node] = {}
         self.folders = 0
         self.modified = 0.0
+        self.lasting = False
 
 
 class File:
@@ -112,6 +114,16 @@ class Tree:
         if was is not None and (was, name) != (at, last):
             self._clear(was, name, keep_folders)  # after the new name is there, so that a folder they share stays
 
+    def add_folder(self, path: str, *, when: float | None = None) -> Folder:
+        """Show a folder that stays without streams. No stream may have its name, or a part of it."""
+        when = time.time() if when is None else when
+        at, last = self._place(path, when)
+        folder = at.children.get(last)
+        if not isinstance(folder, Folder):
+            folder = self._new_folder(at, last, when)
+        folder.lasting = True
+        return folder
+
     def move(self, folder: Folder, path: str, *, keep_folders: bool = False) -> None:
         """Give a folder, with all that is in it, the name `path`, where no stream is."""
         now = time.time()
@@ -147,12 +159,14 @@ class Tree:
         at = self.root
         for part in folders:
             child = at.children.get(part)
-            if not isinstance(child, Folder):
-                child = Folder(next(self._folders), at, part)
-                self._put(at, part, child, when)
-                self._nodes[child.inode] = child
-            at = child
+            at = child if isinstance(child, Folder) else self._new_folder(at, part, when)
         return at, last
+
+    def _new_folder(self, at: Folder, name: bytes, when: float) -> Folder:
+        folder = Folder(next(self._folders), at, name)
+        self._put(at, name, folder, when)
+        self._nodes[folder.inode] = folder
+        return folder
 
     def _put(self, at: Folder, name: bytes, node: Node, when: float) -> None:
         old = at.children.get(name)
@@ -163,10 +177,10 @@ class Tree:
         at.modified = max(at.modified, when)
 
     def _clear(self, at: Folder, name: bytes, keep_folders: bool) -> None:
-        """Take a name out of a folder and, without `keep_folders`, folders that have no stream left out of theirs."""
+        """Take a name out of a folder and, without `keep_folders`, folders that have nothing left out of theirs."""
         at.folders -= isinstance(at.children.pop(name), Folder)
         at.modified = time.time()
-        while not keep_folders and at.parent is not None and is_bare(at):
+        while not keep_folders and at.parent is not None and is_bare(at) and not is_lasting(at):
             self._forget_folder(at)
             del at.parent.children[at.name]
             at = at.parent
@@ -216,3 +230,8 @@ class Tree:
 def is_bare(folder: Folder) -> bool:
     """Whether no stream is in the folder, nor in those within it. Ends at the first one it meets."""
     return all(isinstance(child, Folder) and is_bare(child) for child in folder.children.values())
+
+
+def is_lasting(folder: Folder) -> bool:
+    """Whether the folder, or one within it, was made for itself."""
+    return folder.lasting or any(isinstance(child, Folder) and is_lasting(child) for child in folder.children.values())

@@ -26,12 +26,13 @@ from streamfs.errors import (
     Damaged,
     InvalidRequest,
     NameTooLong,
+    NotEmpty,
     NotFound,
     NotPermitted,
     StreamfsError,
 )
 from streamfs.sources.base import Facts
-from streamfs.spec import CommandSource, ShellSource, StreamOptions, StreamSpec, UrlSource
+from streamfs.spec import CommandSource, Registration, ShellSource, StreamOptions, StreamSpec, UrlSource
 
 
 @pytest.fixture
@@ -382,6 +383,96 @@ PARTS = st.sampled_from(["a", "b", "a-", "a0"])
 NAMES = st.lists(PARTS, min_size=1, max_size=3).map("/".join)
 
 
+# ── folders that were made, and lists ────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_folder_that_was_made_has_its_name_alone(catalog: Catalog) -> None:
+    catalog.add_folder("a/b")
+    catalog.add_folder("a/b")
+    for name in ("a", "a/b"):
+        with pytest.raises(AlreadyExists):
+            catalog.add(spec(name))
+    catalog.add(spec("a/b/c"))
+    for name in ("a/b/c", "a/b/c/d"):
+        with pytest.raises(AlreadyExists):
+            catalog.add_folder(name)
+    with pytest.raises(NotEmpty):
+        catalog.remove_folder("a/b")
+    catalog.remove(["a/b/c"])
+    with pytest.raises(NotEmpty):
+        catalog.remove_folder("a")
+    catalog.remove_folder("a/b")
+    assert catalog.folders() == []
+
+
+def test_folders_that_were_made_move_with_the_one_they_are_in(catalog: Catalog) -> None:
+    for name in ("a", "a/b", "target"):
+        catalog.add_folder(name)
+    with pytest.raises(AlreadyExists):
+        catalog.rename("a", "target")
+    assert catalog.rename("a", "target", replace=True) == []
+    assert catalog.folders() == ["target", "target/b"]
+    with pytest.raises(InvalidRequest):
+        catalog.rename("target", "target/b/c")
+
+
+def item(name: str, url: str = "http://h.example/", **settings: object) -> Registration:
+    return Registration(spec=StreamSpec(name=name, source=UrlSource(url)), **settings)  # type: ignore[arg-type]
+
+
+def test_a_list_is_registered_whole_or_not_at_all(catalog: Catalog) -> None:
+    catalog.add(item("b", "http://other.example/").spec)
+    with pytest.raises(AlreadyExists, match="'b'"):
+        catalog.register([item("a"), item("b")], "refuse")
+    with pytest.raises(AlreadyExists, match="is a stream"):
+        catalog.register([item("a"), item("b/c")], "rename")
+    with pytest.raises(InvalidRequest):
+        catalog.register([item("a"), item("..")], "refuse")
+    assert [entry.name for entry in catalog.all()] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("taken", "outcomes", "names"),
+    [
+        ("skip", ["added", "skipped", "unchanged"], {"a": "1", "b.mp3": "old", "c": "same"}),
+        ("replace", ["added", "replaced", "unchanged"], {"a": "1", "b.mp3": "2", "c": "same"}),
+        ("rename", ["added", "renamed", "unchanged"], {"a": "1", "b.mp3": "old", "b (2).mp3": "2", "c": "same"}),
+    ],
+)
+def test_names_that_are_taken(catalog: Catalog, taken: Any, outcomes: list[str], names: dict[str, str]) -> None:
+    url = "http://h.example/{}".format
+    catalog.add_many([item("b.mp3", url("old")).spec, item("c", url("same")).spec])
+    items = [item("a", url("1")), item("b.mp3", url("2")), item("c", url("same"))]
+    tried = catalog.register(items, taken, dry_run=True)
+    assert len(catalog.all()) == 2, "trying changes nothing"
+    done = catalog.register(items, taken)
+    assert [one.outcome for one in done] == [one.outcome for one in tried] == outcomes
+    assert {e.name: e.spec.source.url.rpartition("/")[2] for e in catalog.all()} == names  # type: ignore[union-attr]
+    again = catalog.register(items, taken)
+    assert {one.outcome for one in again} <= {"unchanged", "skipped", "renamed"}
+
+
+def test_what_a_list_says_of_its_bytes_is_remembered(catalog: Catalog) -> None:
+    catalog.register([item("a", facts=Facts(size=7, mime="audio/mpeg"), persist=True), item("b")], "refuse")
+    a, b = catalog.all()
+    assert (a.facts, a.persist) == (Facts(size=7, mime="audio/mpeg"), True)
+    assert a.probed is not None
+    assert (b.facts, b.persist, b.probed) == (None, False, None)
+
+
+def test_a_catalogue_of_the_first_schema_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    with Catalog(path) as old:
+        old.add(spec("a"))
+    with sqlite3.connect(path) as raw:
+        raw.execute("DROP TABLE folders")
+        raw.execute("PRAGMA user_version = 1")
+    raw.close()
+    with Catalog(path) as new:
+        new.add_folder("f")
+        assert [entry.name for entry in new.all()] == ["a"]
+
+
 class AgainstADict(RuleBasedStateMachine):
     """The catalogue does what a dict of names does, under the rule that no name is a prefix folder of another."""
 
@@ -420,7 +511,8 @@ class AgainstADict(RuleBasedStateMachine):
         moved = [name for name in self.model if name == old or name.startswith(old + "/")]
         rest = set(self.model) - set(moved)
         into_itself = new.startswith(old + "/")
-        bad = not moved or into_itself or (new != old and self.clashes(new, rest))
+        out_of_itself = old.startswith(new + "/")  # `new` is the folder that `old` is in
+        bad = not moved or into_itself or out_of_itself or (new != old and self.clashes(new, rest))
         if bad:
             with pytest.raises((NotFound, AlreadyExists, InvalidRequest)):
                 self.catalog.rename(old, new)

@@ -125,7 +125,6 @@ def _write_calls() -> dict[str, Callable[[Path], Any]]:
         "create": lambda p: os.open(p.parent / "new", os.O_WRONLY | os.O_CREAT, 0o644),
         "create to read": lambda p: os.open(p.parent / "new", os.O_RDONLY | os.O_CREAT, 0o644),
         "temporary file": lambda p: os.open(p.parent, os.O_RDWR | os.O_TMPFILE, 0o600),
-        "mkdir": lambda p: os.mkdir(p.parent / "new"),
         "mknod": lambda p: os.mknod(p.parent / "new", 0o644 | stat.S_IFREG),
         "fifo": lambda p: os.mkfifo(p.parent / "new"),
         "symlink": lambda p: os.symlink("target", p.parent / "new"),

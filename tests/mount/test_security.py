@@ -169,6 +169,7 @@ DENIED_BESIDES_READING = {
     "mkdir": "os.mkdir(os.path.dirname(A[0]) + '/new')",
     "link": "os.link(A[0], os.path.dirname(A[0]) + '/new')",
     "symlink": "os.symlink('x', os.path.dirname(A[0]) + '/new')",
+    "register": "os.symlink('http://127.0.0.1:9/x', os.path.dirname(A[0]) + '/new')",
     "the socket": "socket.socket(socket.AF_UNIX).connect(A[2] + '/run/control.sock')",
     "the cache": "os.listdir(A[2] + '/cache')",
 }
