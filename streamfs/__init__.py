@@ -14,6 +14,7 @@ cache         what is kept and what goes: memory, disk, age
 sources       where bytes come from: commands, files, HTTP and its kin
 engine        the buffer: many readers, threads and trio, memory then disk
 home, spec    where things are; what a stream is registered with       mounts: what is mounted
+logs, notify  the daemon's log; how a service manager learns about it
 errors        every error and its errno
 
 As a library: `StreamBuffer` gives random access to any iterable of bytes.

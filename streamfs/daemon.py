@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import logging.handlers
 import os
 import resource
 import signal
@@ -22,13 +21,14 @@ import msgspec
 import trio
 
 import streamfs
-from streamfs import mounting
+from streamfs import logs, mounting
 from streamfs.cache import Cache
 from streamfs.catalog import Catalog
 from streamfs.control.server import Handler, listen, serve
 from streamfs.errors import Busy, InvalidRequest, StreamfsError
 from streamfs.filesystem import FileSystem
 from streamfs.home import Home, HomeLock, secure_directory
+from streamfs.notify import Notifier
 from streamfs.sources import Transports, make_source
 from streamfs.spec import MountOptions, StreamSpec
 from streamfs.watchdog import Watchdog
@@ -41,8 +41,6 @@ LOCK_WAIT = 5.0
 """Seconds to wait for a command that changes the catalogue just now."""
 READY_WITHIN = 60.0
 """Seconds the parent waits for the daemon to say that the mount answers."""
-LOG_BYTES = 4 << 20
-"""The log starts anew at this size; one older file is kept."""
 SAVE_STEP = 1 << 20
 
 
@@ -59,6 +57,8 @@ def start(home: Home, mountpoint: Path, options: MountOptions, foreground: bool)
     try:
         mounting.prepare_mountpoint(mountpoint)
         if foreground:
+            os.umask(0o077)  # before the first file of ours
+            logs.set_up(home.log_path, options.log_level, options.log_format, stderr=sys.stderr)
             return _run(home, lock, mountpoint, options, _Readiness(None))
         return _start_in_background(home, lock, mountpoint, options)
     finally:
@@ -71,9 +71,14 @@ class _Readiness:
 
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
+        self._manager = Notifier()
 
-    def ready(self) -> None:
+    def ready(self, status: str) -> None:
         self._tell(b"ready\n")
+        self._manager.ready(status)
+
+    def stopping(self, status: str) -> None:
+        self._manager.stopping(status)
 
     def failed(self, reason: str) -> None:
         self._tell(b"failed " + reason.encode("utf-8", "replace"))
@@ -103,7 +108,7 @@ def _start_in_background(home: Home, lock: HomeLock, mountpoint: Path, options: 
     if answer == b"ready\n":
         return 0
     reason = answer.removeprefix(b"failed ").decode("utf-8", "replace").strip()
-    raise StreamfsError(reason or f"the daemon ended before the mount answered; see {_log_path(home)}")
+    raise StreamfsError(reason or f"the daemon ended before the mount answered; see {home.log_path}")
 
 
 def _be_daemon(home: Home, lock: HomeLock, mountpoint: Path, options: MountOptions, telling: int) -> int:
@@ -112,44 +117,29 @@ def _be_daemon(home: Home, lock: HomeLock, mountpoint: Path, options: MountOptio
         return 0
     readiness = _Readiness(telling)
     try:
-        _detach(home)
+        _detach()
+        logs.set_up(home.log_path, options.log_level, options.log_format)
         return _run(home, lock, mountpoint, options, readiness)
     except StreamfsError as error:
         log.error("%s", error)
         readiness.failed(str(error))
     except Exception as error:
         log.exception("the daemon failed")
-        readiness.failed(f"the daemon failed: {error!r}; see {_log_path(home)}")
+        readiness.failed(f"the daemon failed: {error!r}; see {home.log_path}")
     return 1
 
 
-def _detach(home: Home) -> None:
-    """Let go of the terminal and the working directory; log to a file."""
+def _detach() -> None:
+    """Let go of the terminal and the working directory."""
     os.chdir("/")
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
     os.close(nothing)
     os.umask(0o077)  # before the first file of ours
-    handler = logging.handlers.RotatingFileHandler(_log_path(home), maxBytes=LOG_BYTES, backupCount=1)
-    _log_to(handler)
-
-
-def _log_path(home: Home) -> Path:
-    return home.state / "daemon.log"
-
-
-def _log_to(handler: logging.Handler) -> None:
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.INFO)
 
 
 def _run(home: Home, lock: HomeLock, mountpoint: Path, options: MountOptions, readiness: _Readiness) -> int:
-    if not logging.getLogger().handlers:
-        _log_to(logging.StreamHandler(sys.stderr))
-    os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold secrets and everybody's bytes
     with contextlib.suppress(OSError):  # a core_pattern that is a pipe pays no heed to the limit: then without memory
         Path("/proc/self/coredump_filter").write_text("0")
@@ -220,7 +210,7 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
             interrupts = Interrupts()
             operations = Operations(filesystem, interrupts)
             _mount(operations, mountpoint, options)
-            life = _Life(filesystem, mountpoint)
+            life = _Life(filesystem, mountpoint, readiness)
             try:
                 listener = listen(home.socket_path, lock)
                 async with trio.open_nursery() as nursery:
@@ -244,6 +234,8 @@ def _mount(operations: Any, mountpoint: Path, options: MountOptions) -> None:
     settings |= {"fsname=streamfs", "subtype=streamfs", "default_permissions"}
     if options.allow_other:
         settings.add("allow_other")
+    if options.read_only:
+        settings.add("ro")
     try:
         pyfuse3.init(operations, str(mountpoint), settings)
     except RuntimeError as error:
@@ -257,15 +249,17 @@ async def _announce(operations: Any, mountpoint: Path, readiness: _Readiness) ->
     """Say that the mount is ready once it really answers."""
     await trio.to_thread.run_sync(os.stat, mountpoint)
     operations.most_ahead = await trio.to_thread.run_sync(mounting.tune, mountpoint) // 2
-    readiness.ready()
+    log.info("the mount on %s answers", mountpoint)
+    readiness.ready(f"shows the streams at {mountpoint}")
 
 
 class _Life:
     """What ends the daemon, and what the control socket can ask of it."""
 
-    def __init__(self, filesystem: FileSystem, mountpoint: Path) -> None:
+    def __init__(self, filesystem: FileSystem, mountpoint: Path, readiness: _Readiness) -> None:
         self._fs = filesystem
         self._mountpoint = mountpoint
+        self._readiness = readiness
         self._leaving = trio.Event()
 
     async def until_signal(self, signals: AsyncIterator[int]) -> None:
@@ -282,11 +276,13 @@ class _Life:
             except* ConnectionAbortedError:
                 # What the kernel says at an unmount while requests are in its queue, instead of the usual ENODEV.
                 log.info("the mount is gone; requests that were under way in the kernel have failed")
+            self._readiness.stopping("ending")
             self._fs.fail_all()  # ends what threads do for the control socket, which cannot be cancelled
             nursery.cancel_scope.cancel()
 
     async def _leave(self, requests: trio.CancelScope) -> None:
         await self._leaving.wait()
+        self._readiness.stopping(f"unmounting {self._mountpoint}")
         # First the waits: pyfuse3 would not end while a handler is blocked.
         self._fs.fail_all()
         await trio.to_thread.run_sync(mounting.unmount_quietly, self._mountpoint)

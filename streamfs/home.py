@@ -81,6 +81,11 @@ class Home:
         return self.state / "catalog.db"
 
     @property
+    def log_path(self) -> Path:
+        """The daemon's log; the older part of it has a suffix."""
+        return self.state / "daemon.log"
+
+    @property
     def lock_path(self) -> Path:
         return self.state / "lock"
 

@@ -142,6 +142,9 @@ class MountOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache_size: int | None = 10 << 30  # of everything evictable in the cache directory; None: no limit
     ttl: float = 3600.0  # how long cached bytes are kept after their last use
     read_ahead: int = 8 << 20  # how far past the furthest reader a source is read
+    read_only: bool = False  # nothing can be renamed, removed or marked through the mount
+    log_level: str = "info"  # the least that is logged
+    log_format: str = "text"  # or "json"
 
 
 _T = TypeVar("_T")

@@ -7,6 +7,7 @@
     show.py      ls, status
     mount.py     mount, umount
     keep.py      save, evict, verify
+    logs.py      logs
     doctor.py    doctor
     mounts.py    what the kernel says is mounted
 

@@ -11,6 +11,7 @@ import click
 
 from streamfs.cli.doctor import doctor
 from streamfs.cli.keep import evict, save, verify
+from streamfs.cli.logs import logs
 from streamfs.cli.mount import mount, umount
 from streamfs.cli.register import add, mv, persist, rm, unpersist
 from streamfs.cli.show import ls, status
@@ -38,7 +39,7 @@ def cli() -> None:
     """
 
 
-for command in (mount, umount, add, rm, mv, ls, status, persist, unpersist, save, evict, verify, doctor):
+for command in (mount, umount, add, rm, mv, ls, status, persist, unpersist, save, evict, verify, logs, doctor):
     cli.add_command(command)
 
 

@@ -16,6 +16,7 @@ from streamfs.cli.registry import connect
 from streamfs.control import Client
 from streamfs.errors import Busy, InvalidRequest, StreamfsError, Unreachable
 from streamfs.home import Home
+from streamfs.logs import FORMATS, LEVELS
 from streamfs.spec import MountOptions
 
 END_WITHIN = 10.0  # seconds that the daemon may take to end
@@ -36,6 +37,9 @@ _LOOK = 0.05  # seconds between two looks at the mount table, which tells nobody
 )
 @click.option("--ttl", type=types.DURATION, help="How long unused bytes are kept. [default: 1h]")
 @click.option("--read-ahead", type=types.SIZE, help="How far to fetch past the furthest reader. [default: 8MiB]")
+@click.option("--read-only", is_flag=True, help="Refuse rm, mv and setfattr inside the mount.")
+@click.option("--log-level", type=click.Choice(LEVELS), help="The least that 'streamfs logs' shows. [default: info]")
+@click.option("--log-format", type=click.Choice(FORMATS), help="Lines of text, or an object a line. [default: text]")
 def mount(mountpoint: str, foreground: bool, **given: Any) -> None:
     """Show the streams under the directory MOUNTPOINT.
 
