@@ -194,9 +194,18 @@ class Operations(pyfuse3.Operations):
         with self._interrupts.watch(file.opener, ahead=not file.direct):
             if not file.direct:
                 return await self._read_cached(fh, off, size)
-            if not file.nonblocking or not _is_still_nonblocking(file.opener, file.nonblocking):
-                return await self._fs.read(fh, off, size, partial=True)
-            found = await self._fs.read_available(fh, off, size)
+            return await self._read_direct(file, fh, off, size)
+
+    async def _read_direct(self, file: _OpenFile, fh: FileHandleT, off: int, size: int) -> memoryview:
+        """Past the kernel's cache, except for a private mapping: what it touches comes as reads of pages, which look
+        like a program's own. To those a short reply means zeros up to the end of the page, so only what cannot be a
+        page's read is cut short: there is no page below a length of zero, and pages are read whole.
+
+        With O_NONBLOCK it gives what is there, or EAGAIN, where it may; else it waits, as reads of regular files do."""
+        unmappable = self._fs.size_of(fh) is None or bool((off | size) % mmap.PAGESIZE)
+        if not unmappable or not file.nonblocking or not _is_still_nonblocking(file.opener, file.nonblocking):
+            return await self._fs.read(fh, off, size, partial=unmappable)
+        found = await self._fs.read_available(fh, off, size)
         if found is None:
             raise pyfuse3.FUSEError(errno.EAGAIN)
         return found

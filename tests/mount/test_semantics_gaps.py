@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -67,6 +68,28 @@ def test_with_o_nonblock_a_file_of_unknown_length_gives_what_is_there_or_eagain(
             os.read(fd, 100)
     finally:
         os.close(fd)
+
+
+_PRIVATE_PAGES = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY | (os.O_NONBLOCK if sys.argv[2] == "nonblocking" else 0))
+mapped = mmap.mmap(fd, int(sys.argv[3]), mmap.MAP_PRIVATE, mmap.PROT_READ)
+for page in range(len(mapped) // mmap.PAGESIZE):
+    os.write(1, mapped[page * mmap.PAGESIZE : (page + 1) * mmap.PAGESIZE])
+"""
+
+
+@pytest.mark.parametrize("flags", ["blocking", "nonblocking"])
+def test_a_private_mapping_of_what_broke_off_has_its_bytes_and_never_zeros_for_others(
+    flags: str, fs: Mounted, origin: ScriptedOrigin
+) -> None:
+    document = origin.add("breaking", 10 * PAGE, ranged=False, die_at=5 * PAGE + 1000)
+    path = fs.add("breaking", document.url)
+    program = fs.python(_PRIVATE_PAGES, path, flags, str(document.size))
+    shown, _ = program.communicate(timeout=60)
+    assert program.returncode == -signal.SIGBUS, "what cannot be read must not look like bytes"
+    assert len(shown) == 5 * PAGE
+    assert shown == document.bytes(0, 5 * PAGE)
 
 
 def test_what_comes_in_from_a_one_way_source_cannot_be_mapped_shared_until_all_is_there(
