@@ -9,6 +9,7 @@
     keep.py      save, evict, verify
     logs.py      logs
     doctor.py    doctor
+    helper.py    mount.streamfs, which mount(8) calls
     mounts.py    what the kernel says is mounted
 
 Start-up time counts: what is heavy (the daemon with pyfuse3 and trio, rich) is imported by the command that needs it.

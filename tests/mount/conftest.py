@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pwd
+import subprocess
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +48,29 @@ def tap(tmp_path: Path) -> Iterator[Tap]:
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture(scope="module")
+def user() -> Iterator[str]:
+    """The name of an ordinary user, there for the time of the tests. Only root can ask for it."""
+    name = f"streamfs-test-{os.getpid()}"
+    subprocess.run(["/usr/sbin/useradd", "--system", "--no-create-home", name], check=True, capture_output=True)
+    try:
+        yield name
+    finally:
+        subprocess.run(["/usr/sbin/userdel", name], check=True, capture_output=True)
+
+
+@pytest.fixture
+def folder(user: str) -> Iterator[Path]:
+    """A folder of the user's, in a place that the user can reach."""
+    made = Path(subprocess.run(["mktemp", "-d"], check=True, capture_output=True, text=True).stdout.strip())
+    account = pwd.getpwnam(user)
+    os.chown(made, account.pw_uid, account.pw_gid)
+    try:
+        yield made
+    finally:
+        subprocess.run(["rm", "-rf", "--one-file-system", made], check=True)
 
 
 SECONDS = 8

@@ -7,45 +7,19 @@ rights that the test is about, and all of it is gone when the last process in it
 from __future__ import annotations
 
 import os
-import pwd
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-USER = "streamfs-test"
 PACKAGE = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"),
     pytest.mark.xdist_group("ordinary-user"),
 ]
-
-
-@pytest.fixture(scope="module")
-def user() -> Iterator[str]:
-    """The name of an ordinary user, there for the time of the tests."""
-    name = f"{USER}-{os.getpid()}"
-    subprocess.run(["/usr/sbin/useradd", "--system", "--no-create-home", name], check=True, capture_output=True)
-    try:
-        yield name
-    finally:
-        subprocess.run(["/usr/sbin/userdel", name], check=True, capture_output=True)
-
-
-@pytest.fixture
-def folder(user: str) -> Iterator[Path]:
-    """A folder of the user's, in a place that the user can reach."""
-    made = Path(subprocess.run(["mktemp", "-d"], check=True, capture_output=True, text=True).stdout.strip())
-    account = pwd.getpwnam(user)
-    os.chown(made, account.pw_uid, account.pw_gid)
-    try:
-        yield made
-    finally:
-        subprocess.run(["rm", "-rf", "--one-file-system", made], check=True)
 
 
 def as_user(user: str, folder: Path, script: str, *, device: str) -> subprocess.CompletedProcess[str]:
@@ -74,7 +48,7 @@ exec setpriv --reuid={user} --regid={user} --clear-groups --inh-caps=-all env -i
 """
     command = f'streamfs() {{ {_interpreter()} -m streamfs "$@"; }}\n{script}'
     return subprocess.run(
-        ["unshare", "--mount", "sh", "-c", prepare, command],
+        ["unshare", "--mount", "--propagation=slave", "sh", "-c", prepare, command],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
