@@ -17,7 +17,8 @@ home, spec    where things are; what a stream is registered with       mounts: w
 logs, notify  the daemon's log; how a service manager learns about it
 errors        every error and its errno
 
-As a library: `StreamBuffer` gives random access to any iterable of bytes.
+As a library: `StreamBuffer` gives random access to any iterable of bytes; `transformed` passes one through transforms,
+`Gunzip` and its kin or your own (`Transform`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from streamfs.engine.streambuffer import StreamBuffer, StreamHandle
+    from streamfs.engine.transforms import Bunzip2, Digest, Gunzip, Icy, Transform, Unxz, Unzstd, transformed
     from streamfs.errors import StreamfsError
 
-__all__ = ["StreamBuffer", "StreamHandle", "StreamfsError", "__version__"]
+__all__ = [
+    "Bunzip2",
+    "Digest",
+    "Gunzip",
+    "Icy",
+    "StreamBuffer",
+    "StreamHandle",
+    "StreamfsError",
+    "Transform",
+    "Unxz",
+    "Unzstd",
+    "__version__",
+    "transformed",
+]
 
 __version__ = "0.1.0"
 
@@ -36,6 +51,10 @@ _HOMES = {
     "StreamBuffer": "streamfs.engine.streambuffer",
     "StreamHandle": "streamfs.engine.streambuffer",
     "StreamfsError": "streamfs.errors",
+    **dict.fromkeys(
+        ("Bunzip2", "Digest", "Gunzip", "Icy", "Transform", "Unxz", "Unzstd", "transformed"),
+        "streamfs.engine.transforms",
+    ),
 }
 
 

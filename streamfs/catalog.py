@@ -41,6 +41,7 @@ from streamfs.spec import (
     Registration,
     StreamOptions,
     StreamSpec,
+    UrlSource,
     check_name,
     check_spec,
     from_json,
@@ -109,6 +110,29 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def size(self) -> int | None:
+        """The length in bytes, as declared or as the source last said; None where neither did."""
+        if self.spec.options.size is not None:
+            return self.spec.options.size
+        return self.facts.size if self.facts is not None else None
+
+    def described(self) -> dict[str, Any]:
+        """The row of `ls --json` and `status --json`, as it is while nothing of the stream is cached or open."""
+        return {
+            "name": self.name,
+            "source": self.spec.described(),
+            "state": "idle",
+            "size": self.size,
+            "buffered": 0,
+            "readers": 0,
+            "persist": self.persist,
+            "error": None,
+            "kind": "url" if isinstance(self.spec.source, UrlSource) else "command",
+            "mime": self.facts.mime if self.facts is not None else None,
+            "modified": self.facts.modified if self.facts is not None else None,
+        }
 
 
 class Registered(NamedTuple):

@@ -200,7 +200,7 @@ class FileSystem:
             timeout = KNOWN_FOR if size is not None else 0.0
         else:
             facts = stream.facts if stream is not None else (entry and entry.facts) or Facts()
-            size = stream.size if stream is not None else _remembered_size(entry)
+            size = stream.size if stream is not None else None if entry is None else entry.size
             timeout = 0.0
         node.told = size or node.told
         added = entry.added if entry is not None else stream.entry.added if stream is not None else self._started
@@ -559,19 +559,7 @@ class FileSystem:
 
     def _described(self, entry: Entry) -> dict[str, Any]:
         stream = self._streams.get(entry.id)
-        shown: dict[str, Any] = {
-            "name": entry.name,
-            "source": entry.spec.described(),
-            "state": "idle",
-            "size": _remembered_size(entry),
-            "buffered": 0,
-            "readers": 0,
-            "persist": entry.persist,
-            "error": None,
-            "kind": "url" if isinstance(entry.spec.source, UrlSource) else "command",
-            "mime": entry.facts.mime if entry.facts is not None else None,
-            "modified": entry.facts.modified if entry.facts is not None else None,
-        }
+        shown = entry.described()
         if stream is not None:
             problem = stream.problem
             shown |= {
@@ -690,14 +678,6 @@ class FileSystem:
 
 def _wants_probe(spec: StreamSpec) -> bool:
     return spec.options.probe and isinstance(spec.source, UrlSource)
-
-
-def _remembered_size(entry: Entry | None) -> int | None:
-    if entry is None:
-        return None
-    if entry.spec.options.size is not None:
-        return entry.spec.options.size
-    return entry.facts.size if entry.facts is not None else None
 
 
 def _check_length(name: bytes) -> None:

@@ -477,9 +477,7 @@ class Stream:
         """The exact length, None while unknown; the catalogue's memory of it before anything was opened."""
         if self.generation is not None:
             return self.generation.buffer.size
-        if self.entry.spec.options.size is not None:
-            return self.entry.spec.options.size
-        return self.entry.facts.size if self.entry.facts is not None else None
+        return self.entry.size
 
     @property
     def buffered(self) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import gzip
+import hashlib
 import importlib
+import random
 import re
 from pathlib import Path
 
@@ -239,3 +242,15 @@ def test_the_library_example_of_the_readme_works() -> None:
     exec(compile(lines, "README.md", "exec"), names)
     assert results == [content[1_000_000:1_004_096], content[-10:]]
     assert names["StreamBuffer"] is importlib.import_module("streamfs").StreamBuffer
+
+
+def test_the_examples_of_the_library_page_work(tmp_path: Path) -> None:
+    unpack, own = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL)
+    content = random.Random(1).randbytes(300_000)
+    (tmp_path / "packed").write_bytes(gzip.compress(content))
+    names: dict[str, object] = {"path": tmp_path / "packed"}
+    exec(compile(unpack, "library.md", "exec"), names)
+    assert (names["size"], names["checksum"]) == (len(content), hashlib.sha256(content).hexdigest())
+    names = {"__name__": "example"}
+    exec(compile(own, "library.md", "exec"), names)
+    assert names["sums"] == bytes([3, 7, 11])

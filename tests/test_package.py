@@ -9,7 +9,10 @@ import streamfs
 
 
 def test_the_library_names_are_there() -> None:
-    assert streamfs.__all__ == ["StreamBuffer", "StreamHandle", "StreamfsError", "__version__"]
+    assert streamfs.__all__ == [
+        *("Bunzip2", "Digest", "Gunzip", "Icy", "StreamBuffer", "StreamHandle", "StreamfsError", "Transform", "Unxz"),
+        *("Unzstd", "__version__", "transformed"),
+    ]
     for name in streamfs.__all__:
         assert getattr(streamfs, name) is not None
     assert set(streamfs.__all__) <= set(dir(streamfs))
@@ -17,7 +20,7 @@ def test_the_library_names_are_there() -> None:
 
 def test_the_library_needs_neither_fuse_nor_the_command_line_nor_a_network() -> None:
     heavy = "{'pyfuse3', 'click', 'rich', 'pycurl', 'h11', 'sqlite3'}"
-    code = f"import sys; from streamfs import StreamBuffer; print({heavy} & set(sys.modules))"
+    code = f"import sys; from streamfs import StreamBuffer, transformed; print({heavy} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "set()"
 

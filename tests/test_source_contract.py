@@ -7,10 +7,13 @@ and add them to WHOLE, BROKEN and SILENT.
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import lzma
 import os
 import random
 import re
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -90,6 +93,29 @@ async def fifo_with_a_silent_writer(folder: Path) -> AsyncIterator[Subject]:
         os.close(writer)
 
 
+def packed(transforms: tuple[str, ...], content: bytes, after: str | None = None) -> Offer:
+    """CONTENT out of a stored file `content` that is packed; `after` it, a shell's output, where it is not a file's."""
+
+    @asynccontextmanager
+    async def offer(folder: Path) -> AsyncIterator[Subject]:
+        path = folder / "packed"
+        path.write_bytes(content)
+        options = msgspec.structs.replace(PATIENCE, transforms=transforms, cwd=str(folder))
+        made = UrlSource(path.as_uri()) if after is None else ShellSource(f"cat packed; {after}")
+        async with Transports() as transports:
+            source = make_source(StreamSpec(name="s", source=made, options=options), transports)
+            yield Subject(source, ranged=False)
+            await source.aclose()
+
+    return offer
+
+
+def gzip_begun() -> bytes:
+    """A gzip file that breaks off after GIVEN bytes of CONTENT."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    return packer.compress(CONTENT[:GIVEN]) + packer.flush(zlib.Z_SYNC_FLUSH)
+
+
 class Origin:
     """A small HTTP/1.1 server of CONTENT on loopback. It speaks for one test; tests/faults has the one that lies."""
 
@@ -151,6 +177,7 @@ def http(
     given: int = len(CONTENT),
     *,
     silent: bool = False,
+    transforms: tuple[str, ...] = (),
 ) -> Offer:
     @asynccontextmanager
     async def offer(folder: Path) -> AsyncIterator[Subject]:
@@ -161,9 +188,10 @@ def http(
         async with trio.open_nursery() as nursery:
             listeners = await nursery.start(partial(trio.serve_tcp, origin.serve, 0, host="127.0.0.1"))
             url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}/content"
-            source = make_source(StreamSpec(name="s", source=UrlSource(url), options=PATIENCE), transports)
+            options = msgspec.structs.replace(PATIENCE, transforms=transforms)
+            source = make_source(StreamSpec(name="s", source=UrlSource(url), options=options), transports)
             async with transports:
-                yield Subject(source, ranged=kind == "ranged")
+                yield Subject(source, ranged=kind == "ranged" and not transforms)
                 await source.aclose()
             nursery.cancel_scope.cancel()
 
@@ -182,6 +210,21 @@ for _transport in get_args(Making):
         WHOLE[f"{_transport}-{_kind}"] = http(_transport, _kind)
         BROKEN[f"{_transport}-{_kind}"] = http(_transport, _kind, GIVEN)
         SILENT[f"{_transport}-{_kind}"] = http(_transport, _kind, GIVEN, silent=True)
+WHOLE |= {
+    "gunzip": packed(("gunzip",), zlib.compress(CONTENT, 1, 31), "true"),
+    "bunzip2 of a file": packed(("bunzip2",), bz2.compress(CONTENT, 1)),
+    "unxz and digest": packed(("unxz", "digest"), lzma.compress(CONTENT, preset=0)),
+    "digest of ranges": http("plain", "ranged", transforms=("digest",)),
+}
+BROKEN |= {
+    "gunzip cut off": packed(("gunzip",), gzip_begun()),
+    "gunzip of a command that fails": packed(("gunzip", "digest"), zlib.compress(CONTENT, 1, 31), "exit 3"),
+    "digest of ranges": http("curl", "ranged", GIVEN, transforms=("digest",)),
+}
+SILENT |= {
+    "gunzip": packed(("gunzip",), gzip_begun(), "exec sleep 1000"),
+    "digest of chunks": http("plain", "chunked", GIVEN, silent=True, transforms=("digest",)),
+}
 
 
 def offered(offers: dict[str, Offer]) -> pytest.MarkDecorator:

@@ -12,7 +12,7 @@ from streamfs.control import Client
 from streamfs.control.client import DEFAULT_TIMEOUT
 from streamfs.errors import Busy, InvalidRequest, NotPermitted, Unreachable
 from streamfs.home import Home, recording_of
-from streamfs.spec import StreamSpec, UrlSource
+from streamfs.spec import StreamSpec
 
 if TYPE_CHECKING:
     from streamfs.catalog import Catalog, Entry
@@ -187,22 +187,7 @@ class Offline:
 
 
 def _describe(entry: Entry, recordings: Sequence[Path]) -> Row:
-    size = entry.spec.options.size
-    if size is None and entry.facts is not None:
-        size = entry.facts.size
-    row: Row = {
-        "name": entry.name,
-        "source": entry.spec.described(),
-        "state": "idle",
-        "size": size,
-        "buffered": 0,
-        "readers": 0,
-        "persist": entry.persist,
-        "error": None,
-        "kind": "url" if isinstance(entry.spec.source, UrlSource) else "command",
-        "mime": entry.facts.mime if entry.facts is not None else None,
-        "modified": entry.facts.modified if entry.facts is not None else None,
-    }
+    row: Row = entry.described()
     recording = _load(entry, recordings)
     if recording is not None:
         row["buffered"] = recording.present().total
