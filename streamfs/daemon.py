@@ -21,13 +21,14 @@ import msgspec
 import trio
 
 import streamfs
-from streamfs import logs, mounting
+from streamfs import logs, mounting, mounts
 from streamfs.cache import Cache
 from streamfs.catalog import Catalog
 from streamfs.control.server import Handler, listen, serve
 from streamfs.errors import Busy, InvalidRequest, StreamfsError
 from streamfs.filesystem import FileSystem
 from streamfs.home import Home, HomeLock, secure_directory
+from streamfs.interrupts import Interrupts
 from streamfs.notify import Notifier
 from streamfs.sources import Transports, make_source
 from streamfs.spec import MountOptions, StreamSpec
@@ -202,7 +203,6 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
     import pyfuse3
 
     from streamfs.fuse import Operations
-    from streamfs.interrupts import Interrupts
 
     watchdog = Watchdog()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals, watchdog.watching():
@@ -218,7 +218,7 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
                     nursery.start_soon(watchdog.beat)
                     nursery.start_soon(life.until_signal, signals)
                     nursery.start_soon(serve, listener, life.handlers())
-                    nursery.start_soon(_announce, operations, mountpoint, readiness)
+                    nursery.start_soon(_announce, operations, interrupts, mountpoint, readiness)
                     await life.until_unmounted(pyfuse3.main(max_tasks=MAX_TASKS))
                     nursery.cancel_scope.cancel()
             finally:
@@ -245,9 +245,11 @@ def _mount(operations: Any, mountpoint: Path, options: MountOptions) -> None:
         raise StreamfsError(f"cannot mount on {mountpoint}{hint}: {error}") from error
 
 
-async def _announce(operations: Any, mountpoint: Path, readiness: _Readiness) -> None:
+async def _announce(operations: Any, interrupts: Interrupts, mountpoint: Path, readiness: _Readiness) -> None:
     """Say that the mount is ready once it really answers."""
     await trio.to_thread.run_sync(os.stat, mountpoint)
+    there = mounts.mounted_at(str(mountpoint))
+    interrupts.device = there.device if there is not None else None
     operations.most_ahead = await trio.to_thread.run_sync(mounting.tune, mountpoint) // 2
     log.info("the mount on %s answers", mountpoint)
     readiness.ready(f"shows the streams at {mountpoint}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import logging
@@ -10,7 +9,6 @@ import mmap
 import os
 import select
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pyfuse3
@@ -20,6 +18,7 @@ from pyfuse3 import FileHandleT, FileNameT, InodeT, RequestContext, XAttrNameT
 from streamfs.errors import NotFound, StreamfsError
 from streamfs.filesystem import Attributes, FileSystem
 from streamfs.interrupts import Interrupts
+from streamfs.processes import process_of
 
 log = logging.getLogger(__name__)
 
@@ -52,30 +51,14 @@ def _guarded(handler: _Handler) -> _Handler:
 
 class _OpenFile(NamedTuple):
     opener: int  # pid
+    inode: int
     direct: bool  # the kernel passes every read on
-    nonblocking: int  # the inode, where it was opened with O_NONBLOCK: reads give what is there, or EAGAIN; else 0
+    nonblocking: bool  # opened with O_NONBLOCK while its bytes come in: reads give what is there, or EAGAIN
 
 
 class _Listing(NamedTuple):
     inode: int
     names: list[bytes]  # as they were when the listing was begun, so that its offsets stay good
-
-
-def _is_still_nonblocking(pid: int, inode: int) -> bool:
-    """Whether every descriptor that the process has on the inode is O_NONBLOCK now. Players open with it and take it
-    back (F_SETFL) once they see a regular file, and pyfuse3 does not pass a read's own flags on. Reading fdinfo asks
-    no file system; before Linux 5.14 it names no inode, and reads wait as those of regular files do."""
-    flags = []
-    try:
-        for entry in os.scandir(f"/proc/{pid}/fdinfo"):
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                fields = dict(line.split(":", 1) for line in Path(entry.path).read_text().splitlines() if ":" in line)
-                if int(fields.get("ino", "0")) == inode:
-                    flags.append(int(fields["flags"], 8))
-    except OSError as error:
-        log.debug("cannot look at the descriptors of process %d: %s", pid, error)
-        return False
-    return bool(flags) and all(flag & os.O_NONBLOCK for flag in flags)
 
 
 def _notify(handle: pyfuse3.PollHandle) -> None:
@@ -178,10 +161,10 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EACCES)
         with self._interrupts.watch(ctx.pid):
             opened = await self._fs.open(inode)
-        eager = inode if opened.direct and flags & os.O_NONBLOCK else 0
+        eager = opened.direct and bool(flags & os.O_NONBLOCK)
         # With O_DIRECT programs get the replies to reads themselves, which must then not be those to read-ahead.
         direct = opened.direct or bool(flags & os.O_DIRECT)
-        self._files[opened.handle] = _OpenFile(self._interrupts.process_of(ctx.pid), direct, eager)
+        self._files[opened.handle] = _OpenFile(process_of(ctx.pid), inode, direct, eager)
         # Pages may stay in the kernel's cache from open to open: an inode's bytes never change.
         return pyfuse3.FileInfo(fh=FileHandleT(opened.handle), direct_io=direct, keep_cache=not opened.direct)
 
@@ -191,7 +174,7 @@ class Operations(pyfuse3.Operations):
         if found is not None:
             return found
         file = self._files[fh]
-        with self._interrupts.watch(file.opener, ahead=not file.direct):
+        with self._interrupts.watch(file.opener, ahead=not file.direct, inode=file.inode, offset=off, size=size):
             if not file.direct:
                 return await self._read_cached(fh, off, size)
             return await self._read_direct(file, fh, off, size)
@@ -203,7 +186,7 @@ class Operations(pyfuse3.Operations):
 
         With O_NONBLOCK it gives what is there, or EAGAIN, where it may; else it waits, as reads of regular files do."""
         unmappable = self._fs.size_of(fh) is None or bool((off | size) % mmap.PAGESIZE)
-        if not unmappable or not file.nonblocking or not _is_still_nonblocking(file.opener, file.nonblocking):
+        if not unmappable or not file.nonblocking or not await self._interrupts.is_nonblocking(file.opener, file.inode):
             return await self._fs.read(fh, off, size, partial=unmappable)
         found = await self._fs.read_available(fh, off, size)
         if found is None:

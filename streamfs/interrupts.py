@@ -1,109 +1,199 @@
 """Readers that were told to stop. pyfuse3 shows no FUSE INTERRUPT, so a process that waits in a read of ours would
 survive even SIGKILL. What can be seen is in /proc: a signal that asks it to end stays pending while it waits.
 
-One task looks at all waiting processes together, so a thousand waits cost one look each, not a task each. The
-process that opened a file is taken for the one that reads; where another does the reading (a file passed on), it is
-not seen. A process cannot be gone while it waits here, so where the opener is gone, somebody else waits, and goes on
-waiting; but the kernel's own read-ahead, which it may have left behind, does not.
+One task looks at all waits together, in one hop to a thread, four times a second. pyfuse3 tells who opened a file and
+not who reads it, and these may be two: a shell opens what `cat < file` reads. So once a wait has lasted for a look and
+its opener does not wait itself, one search through all processes finds who else has the file open; the search serves
+all such waits, and each wait needs but one, as a reader had the descriptor before it began to wait.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import signal
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import trio
 
+from streamfs import processes
 from streamfs.errors import Interrupted
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.25
 """Seconds between looks: a reader is gone well within the second that is promised."""
-_TOLD_TO_END = sum(
-    1 << (number - 1) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGTERM)
-)
-"""Bits of the signals in /proc's masks. The kernel sets SIGKILL's for any signal that is fatal; the others stay pending
-where the program has a handler (dd, Python), which runs only once its read has ended. Other signals are left to wait:
-a program that handles SIGALRM or SIGCHLD does not expect a read of a file to fail with EINTR."""
-_MASK = re.compile(rb"^(SigPnd|ShdPnd|SigBlk):\s*([0-9a-f]+)$", re.MULTILINE)
+LEAST_REST = 10
+"""Looking may take one part in so many of a processor: where a look takes long, the next one comes later."""
+MOST_REST = 0.5  # seconds, so that the promise holds with some thousands of processes
+
+
+@dataclass(slots=True, eq=False)
+class Wait:
+    """One request that waits for bytes."""
+
+    opener: int
+    """Pid of who opened the file."""
+    ahead: bool
+    """It may be the kernel that waits, reading ahead: no program waits for this one."""
+    inode: int
+    """Of the file that is read; 0: nobody but the opener can be the one that waits."""
+    offset: int
+    size: int
+    began: float
+    """By the clock of processes.now."""
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    holders: dict[int, frozenset[int]] | None = None
+    """Who else may wait, with the positions of their descriptors; None: not known yet. Set by `look`."""
+
+    @property
+    def candidates(self) -> set[int]:
+        return {self.opener, *(self.holders or ())}
+
+    def positions(self, pid: int) -> frozenset[int]:
+        """What the process's descriptors of the file point to."""
+        return (self.holders or {}).get(pid, frozenset())
+
+
+class Seen(NamedTuple):
+    """What one look found."""
+
+    ended: Sequence[Wait]
+    """Waits of programs that were told to end, or are gone."""
+    searched: bool
+    """Whether all processes were looked at."""
+
+
+def look(waits: Sequence[Wait], device: tuple[int, int] | None, search: Collection[Wait]) -> Seen:
+    """Look at the programs of all `waits`; for those in `search` also at who has their files open. Blocks."""
+    searched = _search(waits, device, search)
+    ended, gone = set(), set()
+    for pid in {pid for wait in waits for pid in wait.candidates}:
+        try:
+            if processes.is_being_killed(pid):
+                ended.add(pid)
+        except FileNotFoundError:
+            gone.add(pid)
+        except OSError as error:
+            log.debug("cannot look at process %d: %s", pid, error)
+    # Whoever ends may be in a wait that is too young for the search: that is to be known before another is suspected.
+    inodes = {wait.inode for wait in waits if wait.holders and not ended.isdisjoint(wait.candidates)}
+    young = [wait for wait in waits if wait.holders is None and wait.inode in inodes]
+    searched |= bool(young) and _search(waits, device, young)
+    over = [wait for wait in waits if wait.ahead and wait.opener in gone]
+    return Seen([*over, *_of_ended(waits, ended, gone)], searched)
+
+
+def _search(waits: Sequence[Wait], device: tuple[int, int] | None, search: Collection[Wait]) -> bool:
+    """Find the `holders` of the waits in `search`. Gives whether all processes were looked at for that."""
+    counts = Counter(wait.opener for wait in waits if not wait.ahead)
+    itself = {}
+    for opener in {wait.opener for wait in search}:
+        waiting = processes.waiting_threads(opener)
+        itself[opener] = waiting is not None and waiting >= max(1, counts[opener])
+    asked = []
+    for wait in search:
+        if itself[wait.opener]:
+            wait.holders = {}
+        else:
+            asked.append(wait)
+    if not asked:
+        return False
+    found = processes.holders({wait.inode for wait in asked}, device)
+    started = {pid: processes.started(pid) for pids in found.values() for pid in pids}
+    for wait in asked:  # nobody is in a wait that began before its program did
+        there = found.get(wait.inode, {})
+        wait.holders = {pid: at for pid, at in there.items() if started[pid] <= wait.began}
+    return True
+
+
+def _of_ended(waits: Sequence[Wait], ended: set[int], gone: set[int]) -> Iterator[Wait]:
+    """The waits that the processes `ended` are in. Where others may be in them, too, it is one wait a look, the
+    likeliest first, until the process is gone: whoever else is in it gets EINTR though nobody told it anything."""
+    others = {p for wait in waits if not ended.isdisjoint(wait.candidates) for p in wait.candidates} - ended - gone
+    waiting = {pid for pid in others if processes.waiting_threads(pid) != 0}
+    for pid in ended:
+        mine = [wait for wait in waits if pid in wait.candidates]
+        sure = [wait for wait in mine if waiting.isdisjoint(wait.candidates)]
+        yield from sure or _likeliest(pid, mine)
+
+
+def _likeliest(pid: int, waits: Sequence[Wait]) -> Sequence[Wait]:
+    """The one of the waits, none of them for sure, that the process is in: one at a place its descriptors point to,
+    and the first of these, as it waited from then on."""
+    return sorted(waits, key=lambda wait: (not _points_at(wait.positions(pid), wait), wait.began))[:1]
+
+
+def _points_at(positions: Collection[int], wait: Wait) -> bool:
+    return any(wait.offset <= position < wait.offset + max(1, wait.size) for position in positions)
+
+
+Look = Callable[[Sequence[Wait], tuple[int, int] | None, Collection[Wait]], Awaitable[Seen]]
 
 
 class Interrupts:
-    """Watches processes that wait in a handler; `run` must be running."""
+    """Watches programs that wait in a handler; `run` must be running."""
 
-    def __init__(self) -> None:
-        self._waits: defaultdict[int, dict[trio.CancelScope, bool]] = defaultdict(dict)  # with `ahead` of each
+    def __init__(self, look: Look | None = None) -> None:
+        """`look`: as the function of that name, but awaited; the default runs that in a thread."""
+        self.device: tuple[int, int] | None = None
+        """The mount's device number, once it is known."""
+        self._look = look or self._look_in_a_thread
+        self._waits: dict[Wait, None] = {}
         self._some = trio.Event()
-
-    @staticmethod
-    def process_of(thread: int) -> int:
-        """The process of a thread that lives now: threads end before the files they opened. 0 for 0."""
-        try:
-            status = Path(f"/proc/{thread}/status").read_bytes() if thread else b""
-        except OSError as error:
-            log.debug("cannot look at thread %d: %s", thread, error)
-            return thread
-        return next((int(line[5:]) for line in status.splitlines() if line.startswith(b"Tgid:")), thread)
+        self._threads = trio.CapacityLimiter(1)
+        self._asking = trio.CapacityLimiter(4)
 
     @contextmanager
-    def watch(self, pid: int, *, ahead: bool = False) -> Iterator[None]:
-        """Raises Interrupted out of the block once process `pid` (or a thread's id) was told to end. 0: no watch.
-        `ahead`: it may be the kernel that waits, reading ahead: then also once a process that is there now is gone."""
-        ahead = ahead and Path(f"/proc/{pid}").exists()
+    def watch(self, pid: int, *, ahead: bool = False, inode: int = 0, offset: int = 0, size: int = 0) -> Iterator[None]:
+        """Raises Interrupted out of the block once process `pid` (or a thread's id) was told to end, or, with an
+        `inode`, another one that waits in this read of the `inode`. pid 0: no watch. `ahead`: it may be the kernel
+        that waits, reading ahead: then also once a process that is there now is gone."""
         if not pid:
             yield
             return
-        with trio.CancelScope() as scope:
-            self._waits[pid][scope] = ahead
+        wait = Wait(pid, ahead and processes.exists(pid), inode, offset, size, processes.now())
+        wait.holders = None if inode else {}
+        with wait.scope:
+            self._waits[wait] = None
             self._some.set()
             try:
                 yield
             finally:
-                waits = self._waits[pid]
-                waits.pop(scope, None)
-                if not waits:
-                    del self._waits[pid]
-        if scope.cancelled_caught:
+                del self._waits[wait]
+        if wait.scope.cancelled_caught:
             raise Interrupted("the reading program was told to stop")
+
+    async def is_nonblocking(self, pid: int, inode: int) -> bool:
+        """As processes.is_nonblocking, in a thread: a program may have thousands of descriptors."""
+        return await trio.to_thread.run_sync(
+            processes.is_nonblocking, pid, inode, limiter=self._asking, abandon_on_cancel=True
+        )
 
     async def run(self) -> None:
         """Look at who waits, for ever; sleeps while nobody does."""
+        rest = LOOK_EVERY
         while True:
             if not self._waits:
                 self._some = trio.Event()
                 await self._some.wait()
-            await trio.sleep(LOOK_EVERY)
-            for pid in list(self._waits):
-                await trio.lowlevel.checkpoint()  # some 50 microseconds each: with thousands, others come first
-                ended = gone = False
-                try:
-                    ended = _is_being_killed(pid)
-                except FileNotFoundError:
-                    gone = True
-                except OSError as error:
-                    log.debug("cannot look at process %d: %s", pid, error)
-                    continue
-                for scope, ahead in list(self._waits.get(pid, {}).items()):
-                    if ahead if gone else ended:
-                        scope.cancel()
+            await trio.sleep(rest)
+            if not self._waits:
+                continue
+            began = processes.now()
+            waits = list(self._waits)
+            search = [wait for wait in waits if wait.holders is None and began - wait.began >= LOOK_EVERY / 2]
+            seen = await self._look(waits, self.device, search)
+            for wait in seen.ended:
+                wait.scope.cancel()
+            took = processes.now() - began
+            if seen.searched:
+                log.debug("looked for who else reads %d files: %.0f ms", len(search), took * 1000)
+            rest = min(max(LOOK_EVERY, LEAST_REST * took), MOST_REST)
 
-
-def _is_being_killed(pid: int) -> bool:
-    """Whether a fatal signal waits for the process. Reading /proc never blocks. Raises OSError, FileNotFoundError
-    where it is gone."""
-    for task in list(Path(f"/proc/{pid}/task").iterdir()):
-        try:
-            status = (task / "status").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # this thread has ended
-        masks = {name: int(value, 16) for name, value in _MASK.findall(status)}
-        pending = masks.get(b"SigPnd", 0) | masks.get(b"ShdPnd", 0)
-        if pending & ~masks.get(b"SigBlk", 0) & _TOLD_TO_END:
-            return True
-    return False
+    async def _look_in_a_thread(
+        self, waits: Sequence[Wait], device: tuple[int, int] | None, search: Collection[Wait]
+    ) -> Seen:
+        return await trio.to_thread.run_sync(look, waits, device, search, limiter=self._threads, abandon_on_cancel=True)
