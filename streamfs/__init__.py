@@ -13,7 +13,7 @@ catalog       the registered streams, on SQLite
 cache         what is kept and what goes: memory, disk, age
 sources       where bytes come from: commands, files, HTTP and its kin
 engine        the buffer: many readers, threads and trio, memory then disk
-home, spec    where things are; what a stream is registered with       mounts: what is mounted
+home, spec    where things are; what a stream is registered with       mounts, processes: what the kernel tells
 logs, notify  the daemon's log; how a service manager learns about it
 errors        every error and its errno
 
