@@ -8,6 +8,7 @@
     mount.py     mount, umount
     keep.py      save, evict, verify
     logs.py      logs
+    systemd.py   systemd
     doctor.py    doctor
     helper.py    mount.streamfs, which mount(8) calls
     mounts.py    what the kernel says is mounted

@@ -15,6 +15,7 @@ from streamfs.cli.logs import logs
 from streamfs.cli.mount import mount, umount
 from streamfs.cli.register import add, mv, persist, rm, unpersist
 from streamfs.cli.show import ls, status
+from streamfs.cli.systemd import systemd
 from streamfs.errors import StreamfsError
 
 FAILURE, USAGE, INTERRUPT = 1, 2, 130
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (mount, umount, add, rm, mv, ls, status, persist, unpersist, save, evict, verify, logs, doctor):
+for command in (mount, umount, add, rm, mv, ls, status, persist, unpersist, save, evict, verify, logs, systemd, doctor):
     cli.add_command(command)
 
 
