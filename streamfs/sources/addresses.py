@@ -6,6 +6,7 @@ nothing. Every spelling of an address (decimal, octal, hexadecimal, mapped into 
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from streamfs.spec import check_url, redact_url
 
 MAX_REDIRECTS = 5
 RESOLVED_SECONDS = 30.0  # a guess: long enough for the seeks of one reader, short for a moving host
+REMEMBERED = 1024  # answers kept of each pure function that every request asks
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -32,6 +34,7 @@ class Origin:
     port: int | None
 
     @classmethod
+    @functools.lru_cache(REMEMBERED)  # each request asks several times
     def of(cls, url: str) -> Origin:
         """The origin of a checked URL. Raises SourceFailed where its port is malformed."""
         parts = urlsplit(url)
@@ -43,6 +46,7 @@ class Origin:
         return cls(scheme, (parts.hostname or "").lower().rstrip("."), port or _PORTS.get(scheme))
 
 
+@functools.lru_cache(REMEMBERED)
 def is_private(address: str) -> bool:
     """True for every address that is not plainly public: loopback, link-local, private, shared, reserved,
     multicast, and those that carry such an IPv4 address inside (mapped, 6to4, Teredo, NAT64)."""
@@ -142,6 +146,7 @@ class Resolver:
         self._known.pop((origin.host, origin.port or 0), None)
 
 
+@functools.lru_cache(REMEMBERED)
 def _literal(host: str) -> str | None:
     try:
         return str(ipaddress.ip_address(host))

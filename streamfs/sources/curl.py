@@ -398,7 +398,7 @@ def _system_bundle() -> str:
 
 def _apply_http(target: _Target, easy: pycurl.Curl) -> None:
     request = target.request
-    fields = list(request.headers)
+    fields = [*request.headers, *request.varying]
     names = {name.lower() for name, _ in fields}
     if "accept-encoding" not in names:
         fields.append(("Accept-Encoding", "identity"))

@@ -24,7 +24,7 @@ from streamfs.sources.addresses import Origin
 from streamfs.sources.base import Facts
 from streamfs.sources.command import ProcessSource
 from streamfs.sources.overlap import Marks
-from streamfs.sources.plain import PlainTransport
+from streamfs.sources.plain import PlainResponse, PlainTransport
 from streamfs.sources.replies import (
     REFRESHABLE,
     Again,
@@ -53,6 +53,7 @@ REFRESH_SECONDS = 30.0
 REFRESH_OUTPUT = 64 * 1024  # bytes of a refresh command's output that are looked at
 LANDING_SECONDS = 60.0  # how long the end of a redirect chain is asked directly
 DRAIN_LIMIT = 16 * 1024  # bytes of a redirect's page read to keep the connection
+TEMPLATES = 16  # requests one source keeps ready: its own, and those of its redirects
 SCRATCH = 256 * 1024  # bytes re-read at once while coming back to a position
 _RETRIED = frozenset({"connect", "reset", "truncated"})
 
@@ -108,6 +109,7 @@ class HttpSource:
         self._stall_timeout = spec.stall_timeout
         self._transports = transports
         self._landing: _Landing | None = None
+        self._templates: dict[str, Request] = {}  # by URL
 
     async def open(self, start: int, stop: int | None, expect: Facts | None) -> HttpBody:
         attempts = Attempts(self._url, ATTEMPTS, FIRST_ATTEMPTS if expect is None else ATTEMPTS)
@@ -153,7 +155,7 @@ class HttpSource:
     def _body(self, answer: Answer, start: int, stop: int | None) -> HttpBody:
         verdict = answer.verdict
         facts = self._believed(verdict.facts)
-        if _icy_metaint(answer.response):
+        if answer.icy_metaint:
             facts = replace(facts, ranged=False, validator=None)  # its offsets count the metadata, which differs
         if isinstance(verdict, Ended) and start > 0:
             raise SourceFailed(f"{redact_url(self._url)} ends at or before byte {start}")
@@ -171,14 +173,14 @@ class HttpSource:
         refreshed = False
         while True:
             try:
-                response, verdict = await self._ask(asked)
+                response, headers, verdict = await self._ask(asked)
             except TransportError as error:
                 if error.kind not in _RETRIED:
                     raise SourceFailed(f"{redact_url(self._url)}: {error}") from error
                 await attempts.failed(str(error), connecting=error.kind == "connect")
                 continue
             if isinstance(verdict, Part | Whole | Ended):
-                return Answer(asked, verdict, response)
+                return Answer(asked, verdict, response, _icy_metaint(headers))
             await _close(response)
             match verdict:
                 case Again(why=why, after=after):
@@ -196,36 +198,40 @@ class HttpSource:
                     self._url = await _fresh_url(self._options)
                     self._landing = None
 
-    async def _ask(self, asked: Asked) -> tuple[Response, Verdict]:
+    async def _ask(self, asked: Asked) -> tuple[Response, Headers, Verdict]:
         """One answer, past all redirects. Raises TransportError."""
         landing, self._landing = self._landing, None
         if landing is not None and trio.current_time() < landing.until:
             response = await self._send(landing.url, asked, landing.private_allowed)
-            verdict = _judged(landing.url, asked, response)
+            headers = Headers(response.headers)
+            verdict = _judged(landing.url, asked, response, headers)
             if isinstance(verdict, Part | Whole | Ended):
                 self._landing = landing
-                return response, verdict
+                return response, headers, verdict
             await _close(response)  # perhaps a signed URL that has run out: begin where the user began
         return await self._follow(asked)
 
-    async def _follow(self, asked: Asked) -> tuple[Response, Verdict]:
+    async def _follow(self, asked: Asked) -> tuple[Response, Headers, Verdict]:
         url = self._url
         seen = {credentials.without_userinfo(url)}
+        hops = 0
         registered = Origin.of(url)
         private_allowed = self._options.allow_private or await self._is_private(url)
         while True:
             response = await self._send(url, asked, private_allowed or Origin.of(url) == registered)
             try:
-                location = Headers(response.headers).get("location")
+                headers = Headers(response.headers)
+                location = headers.get("location")
                 if response.status not in addresses.REDIRECT_STATUSES or location is None:
-                    if len(seen) > 1:
+                    if hops:
                         allowed = private_allowed or Origin.of(url) == registered
                         self._landing = _Landing(url, allowed, trio.current_time() + LANDING_SECONDS)
-                    return response, _judged(url, asked, response)
+                    return response, headers, _judged(url, asked, response, headers)
                 url = addresses.redirect_target(url, location, downgrade_allowed=self._options.allow_private)
                 if url in seen:
                     raise SourceFailed(f"{redact_url(self._url)} redirects in a loop")
-                if len(seen) > addresses.MAX_REDIRECTS:
+                hops += 1
+                if hops > addresses.MAX_REDIRECTS:
                     raise SourceFailed(f"{redact_url(self._url)}: more than {addresses.MAX_REDIRECTS} redirects")
                 seen.add(url)
                 await _drain(response)
@@ -248,9 +254,7 @@ class HttpSource:
     async def _send(self, url: str, asked: Asked, private_allowed: bool) -> Response:
         """One request to one origin, over the first of its permitted addresses that answers."""
         transport = self._transports.pick(url, self._options)
-        request = await self._request(url, asked)
-        if not isinstance(transport, PlainTransport):  # which speaks HTTP/1.1 alone
-            request = replace(request, identity=replace(request.identity, http2=True))
+        request = await self._request(url, asked, http2=not isinstance(transport, PlainTransport))
         if not self._resolves(url):
             if not private_allowed and addresses.is_private_name(Origin.of(url).host):
                 raise addresses.not_permitted(url)
@@ -259,7 +263,7 @@ class HttpSource:
         failure: TransportError | None = None
         for address in addresses.permitted(found, private_allowed=private_allowed, url=url):
             try:
-                return await transport.request(replace(request, address=address))
+                return await transport.request(_addressed(request, address))
             except TransportError as error:
                 if error.kind != "connect":
                     raise
@@ -268,8 +272,26 @@ class HttpSource:
         assert failure is not None  # `permitted` gives at least one address
         raise failure
 
-    async def _request(self, url: str, asked: Asked) -> Request:
-        identity = credentials.identity_of(self._options)
+    async def _request(self, url: str, asked: Asked, *, http2: bool) -> Request:
+        template = self._templates.get(url)
+        if template is None:
+            template = await self._template(url, http2=http2)
+            if self._options.netrc is None and self._options.cookie_file is None:  # those may say something else soon
+                if len(self._templates) >= TEMPLATES:
+                    self._templates.clear()
+                self._templates[url] = template
+        if not asked.ranged:
+            return template
+        last = "" if asked.stop is None else str(asked.stop - 1)
+        varying: tuple[tuple[str, str], ...] = (("Range", f"bytes={asked.start}-{last}"),)
+        pinned = precondition(asked.expect.validator if asked.expect is not None else None)
+        if pinned is not None:
+            varying = (*varying, ("If-Range", pinned))
+        return Request(template.url, headers=template.headers, varying=varying, identity=template.identity)
+
+    async def _template(self, url: str, *, http2: bool) -> Request:
+        """A request for `url`, without what tells one from another."""
+        identity = replace(credentials.identity_of(self._options), http2=http2)
         headers = [
             ("User-Agent", credentials.user_agent(self._options)),
             ("Accept", "*/*"),
@@ -277,12 +299,6 @@ class HttpSource:
         ]
         if "icy" in self._options.transforms:
             headers.append(("Icy-MetaData", "1"))
-        if asked.ranged:
-            last = "" if asked.stop is None else str(asked.stop - 1)
-            headers.append(("Range", f"bytes={asked.start}-{last}"))
-            pinned = precondition(asked.expect.validator if asked.expect is not None else None)
-            if pinned is not None:
-                headers.append(("If-Range", pinned))
         if not _speaks_http(url):
             url = await credentials.url_with_login(url, self._options)
             return Request(url, headers=tuple(headers), identity=identity)
@@ -312,6 +328,7 @@ class Answer:
     asked: Asked
     verdict: Part | Whole | Ended
     response: Response
+    icy_metaint: int  # bytes between two blocks of radio metadata; 0: there are none
 
     async def aclose(self, *, reuse: bool = True) -> None:
         await _close(self.response, reuse=reuse)
@@ -385,13 +402,16 @@ class HttpBody:
         self._again: Marks | None = None  # the second reading, up to `_position`
         self._ended = False
         self._scratch: memoryview | None = None
-        self.icy_metaint = _icy_metaint(answer.response)
+        self.icy_metaint = answer.icy_metaint
         """Bytes between two blocks of radio metadata; 0: there are none."""
         self._take(answer)
 
     async def receive_into(self, view: memoryview) -> int:
         if self._ended:
             return 0
+        if count := self._receive_ready(view):
+            self._waited = 0.0
+            return count
         began = trio.current_time()
         try:
             count = await self._receive_patiently(view, began)
@@ -454,7 +474,7 @@ class HttpBody:
     async def _receive_from(self, flow: _Flow, view: memoryview) -> int:
         """Bytes from the current reply. 0 where it has none left: then either `_ended` is set or `_flow` is None."""
         limit = self._limit()
-        reach = limit if flow.end is None else flow.end if limit is None else min(limit, flow.end)
+        reach = self._reach(flow, limit)
         if reach is not None and self._position >= reach:
             if reach == limit:
                 await self._end_at(flow, reach)
@@ -471,12 +491,38 @@ class HttpBody:
                 raise TransportError("truncated", f"the body ended at byte {self._position} of {reach}")
             self._end(proven=flow.response.ending != "close")
             return 0
+        self._gave(flow, view[:count])
+        return count
+
+    def _receive_ready(self, view: memoryview) -> int:
+        """Bytes that the current reply has ready to be given; 0 where there is more to do than to give them. Most reads
+        of a fast source end here, without what waiting takes."""
+        flow = self._flow
+        if flow is None or self._skip:
+            return 0
+        reach = self._reach(flow, self._limit())
+        room = len(view) if reach is None else min(len(view), reach - self._position)
+        if room <= 0:
+            return 0
+        try:
+            count = flow.receive_ready(view[:room])
+        except TransportError:
+            return 0  # the connection says so again to who waits for it
+        if count:
+            self._gave(flow, view[:count])
+        return count
+
+    @staticmethod
+    def _reach(flow: _Flow, limit: int | None) -> int | None:
+        """The offset that the current reply's bytes are given up to; None: until it ends."""
+        return limit if flow.end is None else flow.end if limit is None else min(limit, flow.end)
+
+    def _gave(self, flow: _Flow, piece: memoryview) -> None:
         if self._given is not None:
-            self._given.add(view[:count])
-        self._position += count
+            self._given.add(piece)
+        self._position += len(piece)
         flow.fruitful = True
         self._attempts.progress()
-        return count
 
     async def _end_at(self, flow: _Flow, limit: int) -> None:
         """End where it was known to be. Where only the user said so, one more byte contradicts it."""
@@ -504,7 +550,7 @@ class HttpBody:
         """Go on with this reply."""
         verdict = answer.verdict
         self._flow = _Flow(answer.response, verdict)
-        if _icy_metaint(answer.response) != self.icy_metaint:
+        if answer.icy_metaint != self.icy_metaint:
             raise SourceChanged(f"{self._name} now sends its metadata at other places")
         self._served_size = verdict.facts.size
         self._decoded = isinstance(verdict, Whole) and verdict.decode is not None
@@ -550,6 +596,12 @@ class _Flow:
         self.told_size = verdict.facts.size is not None
         self.fruitful = False  # it has brought a byte that was not there before
         self._decoder = _Decoder(verdict.decode) if isinstance(verdict, Whole) and verdict.decode else None
+
+    def receive_ready(self, view: memoryview) -> int:
+        """What can be given without waiting; 0 where that takes `receive_into`. Raises TransportError."""
+        if self._decoder is None and isinstance(self.response, PlainResponse):
+            return self.response.receive_ready(view)
+        return 0
 
     async def receive_into(self, view: memoryview) -> int:
         if self._decoder is None:
@@ -610,19 +662,23 @@ class _Decoder:
 # -- small parts
 
 
-def _judged(url: str, asked: Asked, response: Response) -> Verdict:
-    verdict = judge(asked, response.status, Headers(response.headers), time.time())
+def _judged(url: str, asked: Asked, response: Response, headers: Headers) -> Verdict:
+    verdict = judge(asked, response.status, headers, time.time())
     if isinstance(verdict, Refused | Again) and not _speaks_http(url) and response.reason:
         return replace(verdict, why=response.reason)  # the status was the transport's word, not the server's
     return verdict
+
+
+def _addressed(request: Request, address: str) -> Request:
+    return Request(request.url, request.method, request.headers, request.varying, address, request.identity)
 
 
 def _speaks_http(url: str) -> bool:
     return urlsplit(url).scheme.lower() in ("http", "https")
 
 
-def _icy_metaint(response: Response) -> int:
-    told = Headers(response.headers).get("icy-metaint")
+def _icy_metaint(headers: Headers) -> int:
+    told = headers.get("icy-metaint")
     return int(told) if told is not None and re.fullmatch(r"\d{1,9}", told, re.ASCII) else 0
 
 
@@ -632,6 +688,9 @@ def _seconds(timeout: float | None) -> float:
 
 async def _close(response: Response, *, reuse: bool = False) -> None:
     """Close also while being cancelled; two seconds are plenty for giving back a connection."""
+    if isinstance(response, PlainResponse):
+        await response.aclose(reuse=reuse)  # which never waits
+        return
     with trio.move_on_after(2, shield=True):
         await response.aclose(reuse=reuse)
 

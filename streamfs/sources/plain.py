@@ -33,11 +33,21 @@ CONNECTIONS_PER_HOST = 4096
 """A guard against running out of everything, not a queue: each stream has at most 8 fetches, and a low cap would let a
 few streams that stall on one host block every other stream of it."""
 IDLE_SECONDS = 15.0  # below the 60-75 s after which common servers close, so that stale connections are rare
+PREPARED = 1024  # requests kept ready but for what varies; each some hundred bytes
 CONNECT_SECONDS = 10.0  # a dead address must leave time to try the next one within a stall timeout
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _BAD_LENGTH = re.compile(rb"^content-length[ \t]*:(?![ \t]*\d+(?:[ \t]*,[ \t]*\d+)*[ \t]*\r?$).*\n", re.I | re.M)
+_USUAL_HEAD = re.compile(
+    rb"HTTP/1\.1 (?:20[0-36]|3\d[0-35-9]|4\d\d|5\d\d) [ -~]*\r\n(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[ -~\t]*\r\n)+\r\n"
+)
+_LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
+_VARYING = re.compile(r"(?:[A-Za-z-]+: [\x21-\x7e\x80-\xff]+\r\n)*")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?", re.S)
+
+
+_Question = tuple[str, str, tuple[tuple[str, str], ...], str | None, Identity]
+"""What a prepared request is made from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +83,9 @@ class PlainTransport:
         self._idle: dict[_Key, list[_Connection]] = {}  # the most recently used last
         self._slots: dict[tuple[bool, str, int], _Slots] = {}
         self._contexts: dict[Identity, ssl.SSLContext] = {}
+        self._prepared: dict[_Question, _Prepared] = {}
+        # One for all: what lands in it is copied out before any other task can run.
+        self._scratch = memoryview(bytearray(HEAD_LIMIT))
         self._reaper: trio.CancelScope | None = None  # of the system task that runs while anything is idle
         self._closed = False
 
@@ -80,11 +93,12 @@ class PlainTransport:
         """See transport.Transport. Waits for a free connection slot of the host, without a limit of its own."""
         if self._closed:
             raise TransportError("refused", "the transport is closed")
-        key, target = _destination(request)
-        head = _request_head(request, key, target)
+        prepared = self._prepare(request)
+        data = _with_varying(prepared.head, request.varying)
+        key = prepared.key
         slots = await self._acquire(key)
         try:
-            return await self._exchange(key, head, slots)
+            return await self._exchange(key, request.method, data, slots)
         except BaseException:
             self._release(key, slots)
             raise
@@ -106,23 +120,34 @@ class PlainTransport:
 
     # -- one exchange
 
-    async def _exchange(self, key: _Key, head: _RequestHead, slots: _Slots) -> PlainResponse:
+    def _prepare(self, request: Request) -> _Prepared:
+        question = (request.url, request.method, request.headers, request.address, request.identity)
+        prepared = self._prepared.get(question)
+        if prepared is None:
+            key, target = _destination(request)
+            prepared = _Prepared(key, _request_head(request, key, target))
+            if len(self._prepared) >= PREPARED:
+                self._prepared.clear()
+            self._prepared[question] = prepared
+        return prepared
+
+    async def _exchange(self, key: _Key, method: str, data: bytes, slots: _Slots) -> PlainResponse:
         reused = self._take_idle(key)
         if reused is not None:
             try:
-                return await self._ask(reused, key, head, slots)
+                return await self._ask(reused, key, method, data, slots)
             except TransportError as error:
                 # The server closed it while our request was on its way: that says nothing of the server's health.
                 if error.kind != "reset" or reused.heard:
                     raise
-        return await self._ask(await self._connect(key), key, head, slots)
+        return await self._ask(await self._connect(key), key, method, data, slots)
 
-    async def _ask(self, connection: _Connection, key: _Key, head: _RequestHead, slots: _Slots) -> PlainResponse:
+    async def _ask(self, connection: _Connection, key: _Key, method: str, data: bytes, slots: _Slots) -> PlainResponse:
         try:
             connection.heard = False
-            await connection.send(head.data)
-            event, icy, rest = await _receive_head(connection, head)
-            return PlainResponse(self, connection, key, slots, head.method, event, icy, rest)
+            await connection.send(data)
+            head, rest = await _receive_head(connection, method, self._scratch)
+            return PlainResponse(self, connection, key, slots, method, head, rest)
         except BaseException:
             connection.close()
             raise
@@ -169,6 +194,11 @@ class PlainTransport:
             slots = self._slots[host] = _Slots(trio.Semaphore(self._per_host))
         slots.users += 1
         try:
+            slots.free.acquire_nowait()
+            return slots
+        except trio.WouldBlock:
+            pass
+        try:
             await slots.free.acquire()
         except BaseException:
             self._forget(key, slots)
@@ -198,7 +228,8 @@ class PlainTransport:
         return found
 
     def _give_back(self, connection: _Connection, key: _Key, *, reuse: bool) -> None:
-        if not reuse or self._closed or not connection.silent():
+        # Whether the other side has closed it, or talks unasked, is looked at when it is taken again.
+        if not reuse or self._closed:
             connection.close()
             return
         connection.idle_since = trio.current_time()
@@ -238,6 +269,7 @@ class _Connection:
         self.idle_since = 0.0
         self.heard = False  # any byte since the last request was sent
         self._streak = 0  # receives since other tasks last had their turn
+        self._poll: select.poll | None = None
 
     async def send(self, data: bytes) -> None:
         """Send all of `data`. Raises TransportError("reset")."""
@@ -271,14 +303,29 @@ class _Connection:
             except OSError as error:
                 raise TransportError("truncated", f"the connection broke: {_reason(error)}") from error
 
+    def receive_ready(self, view: memoryview) -> int:
+        """As `receive_into`, but 0 where nothing has arrived, at the end, or where other tasks are due a turn: then call
+        that. Raises TransportError."""
+        if self._streak >= RECEIVES_PER_CHECKPOINT:
+            return 0
+        try:
+            count = self._receive_now(view)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+        except OSError as error:
+            raise TransportError("truncated", f"the connection broke: {_reason(error)}") from error
+        self._streak += 1
+        return count
+
     def _receive_now(self, view: memoryview) -> int:
         return self.sock.recv_into(view)
 
     def silent(self) -> bool:
         """True while the other side has neither closed nor said anything that waits to be read."""
-        poll = select.poll()  # select.select would refuse descriptors over 1023
-        poll.register(self.sock, select.POLLIN)
-        return not poll.poll(0)
+        if self._poll is None:
+            self._poll = select.poll()  # select.select would refuse descriptors over 1023
+            self._poll.register(self.sock, select.POLLIN)
+        return not self._poll.poll(0)
 
     def close(self) -> None:
         if self.sock.fileno() != -1:
@@ -349,29 +396,28 @@ class PlainResponse:
         key: _Key,
         slots: _Slots,
         method: str,
-        head: h11.Response,
-        icy: bool,
-        rest: bytearray,
+        head: _ReplyHead,
+        rest: bytes,
     ) -> None:
-        self.status = head.status_code
-        self.reason = bytes(head.reason).decode("latin-1")
-        self.http_version = "icy" if icy else bytes(head.http_version).decode("ascii")
-        self.headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in head.headers]
-        length = _declared_length(self.headers)
-        chunked = any(name == "transfer-encoding" for name, _ in self.headers)
+        self.status = head.status
+        self.reason = head.reason
+        self.http_version = head.version
+        self.headers = head.headers
+        length = head.length
+        chunked = head.chunked
         self._framing: _Framing
         if method == "HEAD" or self.status in (204, 304):
             self.ending: Ending = "length"
-            self._framing = _Counted(connection, rest, 0)
+            self._framing = _Counted(connection, memoryview(rest), 0)
         elif chunked:
             self.ending = "chunked"
-            self._framing = _Chunked(connection, rest)
+            self._framing = _Chunked(connection, memoryview(rest))
         elif length is not None:
             self.ending = "length"
-            self._framing = _Counted(connection, rest, length)
+            self._framing = _Counted(connection, memoryview(rest), length)
         else:
             self.ending = "close"
-            self._framing = _ToClose(connection, rest)
+            self._framing = _ToClose(connection, memoryview(rest))
         self._transport = transport
         self._connection = connection
         self._key = key
@@ -381,7 +427,14 @@ class PlainResponse:
     async def receive_into(self, view: memoryview) -> int:
         return await self._framing.receive_into(view)
 
+    def receive_ready(self, view: memoryview) -> int:
+        """What `receive_into` would give if it did not have to wait; 0 where it would, or must be called to tell. Raises
+        TransportError."""
+        framing = self._framing
+        return framing.receive_ready(view) if isinstance(framing, _Counted) else 0
+
     async def aclose(self, *, reuse: bool = True) -> None:
+        """As the protocol says; never waits."""
         slots, self._slots = self._slots, None
         if slots is None:
             return
@@ -393,7 +446,7 @@ class PlainResponse:
 class _Framing:
     """How one body is cut out of the connection's bytes. `leftover`: received with the head and not yet given."""
 
-    def __init__(self, connection: _Connection, leftover: bytearray) -> None:
+    def __init__(self, connection: _Connection, leftover: memoryview) -> None:
         self.connection = connection
         self.leftover = leftover
         self.at_end = False
@@ -404,15 +457,25 @@ class _Framing:
     def _from_leftover(self, view: memoryview) -> int:
         count = min(len(view), len(self.leftover))
         view[:count] = self.leftover[:count]
-        del self.leftover[:count]
+        self.leftover = self.leftover[count:]
         return count
 
 
 class _Counted(_Framing):
-    def __init__(self, connection: _Connection, leftover: bytearray, length: int) -> None:
+    def __init__(self, connection: _Connection, leftover: memoryview, length: int) -> None:
         super().__init__(connection, leftover)
         self.left = length
         self.at_end = length == 0
+
+    def receive_ready(self, view: memoryview) -> int:
+        if self.at_end:
+            return 0
+        if len(view) > self.left:
+            view = view[: self.left]
+        got = self._from_leftover(view) if self.leftover else self.connection.receive_ready(view)
+        self.left -= got
+        self.at_end = self.left == 0
+        return got
 
     async def receive_into(self, view: memoryview) -> int:
         if self.at_end:
@@ -441,8 +504,8 @@ class _ToClose(_Framing):
 class _Chunked(_Framing):
     """Small chunks are taken out of one large receive, large ones are received where they belong."""
 
-    def __init__(self, connection: _Connection, leftover: bytearray) -> None:
-        super().__init__(connection, bytearray())
+    def __init__(self, connection: _Connection, leftover: memoryview) -> None:
+        super().__init__(connection, memoryview(b""))
         size = max(RECEIVE_AHEAD, len(leftover))
         self._buffer = bytearray(size)
         self._buffer[: len(leftover)] = leftover
@@ -535,7 +598,7 @@ class _Chunked(_Framing):
                 break
         self._left = 0
         self.at_end = True
-        self.leftover = bytearray(self._ahead[self._from : self._to])  # no reuse when something follows
+        self.leftover = self._ahead[self._from : self._to]  # no reuse when something follows
 
     async def _receive_more(self) -> None:
         if self._from:
@@ -556,10 +619,23 @@ def _chunked_cut() -> TransportError:
 
 
 @dataclass(frozen=True, slots=True)
-class _RequestHead:
-    method: str
-    data: bytes
-    state: h11.Connection  # has sent the request and waits for the reply's head
+class _Prepared:
+    """All of a request but its varying headers. `head` lacks the empty line at its end."""
+
+    key: _Key
+    head: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _ReplyHead:
+    """`length`: of the body as declared, None where it is not. `headers`: names in lower case."""
+
+    status: int
+    reason: str
+    version: str  # "1.0", "1.1" or "icy"
+    headers: list[tuple[str, str]]
+    length: int | None
+    chunked: bool
 
 
 def _destination(request: Request) -> tuple[_Key, str]:
@@ -581,29 +657,36 @@ def _destination(request: Request) -> tuple[_Key, str]:
     return _Key(scheme == "https", host, port, request.address, request.identity), target
 
 
-def _request_head(request: Request, key: _Key, target: str) -> _RequestHead:
+def _request_head(request: Request, key: _Key, target: str) -> bytes:
+    """The request without its varying headers and without the empty line at its end."""
     headers = list(request.headers)
     if not any(name.lower() == "host" for name, _ in headers):
         headers.insert(0, ("Host", key.authority))
-    state = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
     try:
         event = h11.Request(
             method=request.method,
             target=target.encode("ascii"),
             headers=[(name.encode("latin-1"), value.encode("utf-8")) for name, value in headers],
         )
-        data = state.send(event) or b""
-        state.send(h11.EndOfMessage())
+        data = h11.Connection(h11.CLIENT).send(event) or b""
     except (h11.LocalProtocolError, UnicodeError):
         # Without the cause: h11 puts the offending value, perhaps a secret, into its message.
         raise TransportError("refused", "a header or the URL holds characters that cannot be sent") from None
-    return _RequestHead(request.method, data, state)
+    return data.removesuffix(b"\r\n")
 
 
-async def _receive_head(connection: _Connection, head: _RequestHead) -> tuple[h11.Response, bool, bytearray]:
-    """The final reply's head, whether it came as `ICY`, and the bytes received behind it."""
+def _with_varying(head: bytes, varying: tuple[tuple[str, str], ...]) -> bytes:
+    lines = "".join([f"{name}: {value}\r\n" for name, value in varying])
+    if _VARYING.fullmatch(lines) is None:
+        raise TransportError("refused", "a header holds characters that cannot be sent")
+    return head + lines.encode("latin-1") + b"\r\n"
+
+
+async def _receive_head(connection: _Connection, method: str, piece: memoryview) -> tuple[_ReplyHead, bytes]:
+    """The final reply's head and the bytes received behind it. `piece`: HEAD_LIMIT bytes of scratch, good until the
+    next await."""
     buffer = bytearray()
-    piece = memoryview(bytearray(HEAD_LIMIT))
+    state: h11.Connection | None = None  # made where a head needs it
     for _ in range(INFORMATIONAL_LIMIT):
         searched = 0
         while (end := _HEAD_END.search(buffer, searched)) is None:
@@ -622,18 +705,64 @@ async def _receive_head(connection: _Connection, head: _RequestHead) -> tuple[h1
             buffer += piece[:got]
         if end.end() > HEAD_LIMIT:
             raise TransportError("protocol", f"the reply's head is longer than {HEAD_LIMIT} bytes")
-        text, icy = _tolerated(bytes(buffer[: end.end()]))
+        text = bytes(buffer[: end.end()])
         del buffer[: end.end()]
+        if state is None:
+            usual = _usual_head(text)
+            if usual is not None:
+                return usual, bytes(buffer)
+            state = _waiting_for_reply(method)
+        text, icy = _tolerated(text)
         try:
-            head.state.receive_data(text)
-            event = head.state.next_event()
+            state.receive_data(text)
+            event = state.next_event()
         except h11.RemoteProtocolError as error:
             raise TransportError("protocol", f"the reply's head is malformed: {_one_line(str(error))}") from error
         if isinstance(event, h11.Response):
-            return event, icy, buffer
+            return _reply_head(event, icy), bytes(buffer)
         if not isinstance(event, h11.InformationalResponse):
             raise TransportError("protocol", "the reply's head is malformed")
     raise TransportError("protocol", "too many provisional replies")
+
+
+def _usual_head(text: bytes) -> _ReplyHead | None:
+    """A head of the form that nearly all replies have, and which leaves nothing to decide; None: let h11 judge it. That
+    takes ten times as long, which tells where reads are small."""
+    if _USUAL_HEAD.fullmatch(text) is None:
+        return None
+    first, *lines = text[:-4].decode("ascii").split("\r\n")
+    headers = []
+    lengths = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name == "transfer-encoding":
+            return None
+        if name == "content-length":
+            lengths.append(value)
+        headers.append((name, value))
+    if len(lengths) != 1 or _LENGTH.fullmatch(lengths[0]) is None:
+        return None
+    return _ReplyHead(int(first[9:12]), first[13:], "1.1", headers, int(lengths[0]), chunked=False)
+
+
+def _waiting_for_reply(method: str) -> h11.Connection:
+    state = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
+    state.send(h11.Request(method=method, target="/", headers=[("Host", "any")]))
+    state.send(h11.EndOfMessage())
+    return state
+
+
+def _reply_head(event: h11.Response, icy: bool) -> _ReplyHead:
+    headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in event.headers]
+    return _ReplyHead(
+        event.status_code,
+        bytes(event.reason).decode("latin-1"),
+        "icy" if icy else bytes(event.http_version).decode("ascii"),
+        headers,
+        _declared_length(headers),
+        any(name == "transfer-encoding" for name, _ in headers),
+    )
 
 
 def _tolerated(head: bytes) -> tuple[bytes, bool]:

@@ -6,6 +6,7 @@ all: bytes are taken for a position only where the reply proves it; whatever con
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -292,6 +293,7 @@ def _retry_after(headers: Headers, now: float) -> float | None:
     return max(0.0, date.timestamp() - now) if date is not None else None
 
 
+@functools.lru_cache(256)  # each reply repeats Last-Modified, and Date within its second
 def parse_date(value: str | None) -> datetime | None:
     if value is None:
         return None

@@ -42,11 +42,13 @@ class Identity:
 @dataclass(frozen=True, slots=True)
 class Request:
     """`address`: the IP that was checked for this URL and must be the one dialled; None: resolve freely
-    (a proxy does the resolving). Header names in any case; Host, if absent, comes from the URL."""
+    (a proxy does the resolving). Header names in any case; Host, if absent, comes from the URL. `varying`: headers that
+    differ from request to request (Range), sent after the others, so that a transport can prepare all else once."""
 
     url: str
     method: Literal["GET", "HEAD"] = "GET"
     headers: tuple[tuple[str, str], ...] = ()
+    varying: tuple[tuple[str, str], ...] = ()
     address: str | None = None
     identity: Identity = field(default_factory=Identity)
 
