@@ -304,8 +304,8 @@ class _Connection:
                 raise TransportError("truncated", f"the connection broke: {_reason(error)}") from error
 
     def receive_ready(self, view: memoryview) -> int:
-        """As `receive_into`, but 0 where nothing has arrived, at the end, or where other tasks are due a turn: then call
-        that. Raises TransportError."""
+        """As `receive_into`, but 0 where nothing has arrived, at the end, or where other tasks are due a turn: then
+        call that. Raises TransportError."""
         if self._streak >= RECEIVES_PER_CHECKPOINT:
             return 0
         try:
@@ -428,8 +428,8 @@ class PlainResponse:
         return await self._framing.receive_into(view)
 
     def receive_ready(self, view: memoryview) -> int:
-        """What `receive_into` would give if it did not have to wait; 0 where it would, or must be called to tell. Raises
-        TransportError."""
+        """What `receive_into` would give if it did not have to wait; 0 where it would, or must be called to tell.
+        Raises TransportError."""
         framing = self._framing
         return framing.receive_ready(view) if isinstance(framing, _Counted) else 0
 
