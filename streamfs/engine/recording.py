@@ -1,13 +1,15 @@
 """The on-disk form of a buffer: a plain data file and an index of what in it is good.
 
 The data file holds every byte at its own offset in the stream, sparse where nothing arrived. The index is
-append-only: a header that names the stream, the generation and its facts, then fixed-size entries. A DATA entry
-carries a CRC32C over key, generation, offset and data, so that no byte of another stream, version or place can be
-taken for this one; a DROP entry takes a range back; an END entry states the proven size. Each entry carries a
-checksum of its own, over key and generation too: loading stops at the first torn one and cuts the file there.
+append-only: a header that names the stream, the generation and its facts, and that counts only under the file's own
+name, then fixed-size entries. A DATA entry carries a CRC32C over key, generation, offset and data, so that no byte of
+another stream, version or place can be taken for this one; a DROP entry takes a range back; an END entry states the
+proven size. Each entry carries a checksum of its own, over key and generation too: loading stops at the first torn one
+and cuts the file there.
 
 Nothing needs the order in which the kernel writes the two files: an entry whose data did not reach the disk fails
-its checksum when read. Only `complete` makes durable promises, and it syncs data, index and folder in that order.
+its checksum when read. Only `complete` makes durable promises: it syncs the data and the folder, and then says END in
+the index and syncs that.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ BLOCK = 64 * 1024
 """Most bytes one DATA entry covers; extents end at multiples of it. Reading one byte from disk checks one extent:
 64 KiB cost some 10 microseconds, and a GiB takes 512 KiB of index."""
 
-_MAGIC = b"streamfs recording 2\n"
+_MAGIC = b"streamfs recording 3\n"
 _SALT = 8  # random bytes in the head of each index
 _ENTRY = struct.Struct("<QQIII4x")  # offset, length, CRC of the data, kind, CRC of the entry
 _DATA, _DROP, _END = 1, 2, 3
@@ -129,7 +131,8 @@ class Recording:
         encoded = msgspec.json.encode(header)
         # Two recordings of one name and generation are told apart, too, should blocks of a removed one show through.
         salt = os.urandom(_SALT)
-        _write_all(index.fd, _MAGIC + struct.pack("<II", len(encoded), crc32c(salt + encoded)) + salt + encoded)
+        check = _header_check(path, salt + encoded)
+        _write_all(index.fd, _MAGIC + struct.pack("<II", len(encoded), check) + salt + encoded)
         return cls(data, index, header, path, salt)
 
     @classmethod
@@ -166,7 +169,7 @@ class Recording:
         length, check = struct.unpack_from("<II", raw, len(_MAGIC))
         encoded = raw[fixed : fixed + length]
         salt = raw[fixed - _SALT : fixed]
-        if len(encoded) != length or crc32c(salt + encoded) != check:
+        if len(encoded) != length or _header_check(path, salt + encoded) != check:
             return None
         try:
             header = msgspec.json.decode(encoded, type=Header)
@@ -179,9 +182,7 @@ class Recording:
             os.fsync(index.fd)  # or a power cut could bring the torn tail back behind what is appended next
         os.lseek(index.fd, good, os.SEEK_SET)
         if recording.durable:
-            # The writer was perhaps killed between its last entry and the syncs that make it durable.
-            os.fsync(index.fd)
-            _sync_folder(path.parent)
+            os.fsync(index.fd)  # the writer was perhaps killed between its last entry and this
         recording.suspect = not recording.durable
         recording._allocated = os.fstat(data.fd).st_size
         return recording
@@ -242,7 +243,7 @@ class Recording:
             self._allocated = end  # the write itself will say if there is no room
 
     def complete(self, size: int) -> None:
-        """State that all of 0..size is here and make it durable: data, then index, then the folder. Blocks.
+        """State that all of 0..size is here and make it durable: data, then the folder, then the index. Blocks.
 
         Raises OSError, also where somebody removed the files; then the recording is not complete.
         """
@@ -250,12 +251,13 @@ class Recording:
         self._allocated = min(self._allocated, size)
         os.fsync(self._data.fd)
         if self._index is not None and self.path is not None:
-            self.log_drops()
-            self._log([(size, 0, 0, _END)])
-            os.fsync(self._index.fd)
+            # The names first: they could lead to files of an earlier attempt otherwise, while the index says END.
             _check_named(self.path, self._data.fd)
             _check_named(_index_path(self.path), self._index.fd)
             _sync_folder(self.path.parent)
+            self.log_drops()
+            self._log([(size, 0, 0, _END)])
+            os.fsync(self._index.fd)
         self.size = size
         self.durable = not self._drops  # a reader may have found damage meanwhile
 
@@ -404,6 +406,11 @@ def _damaged(extents: Sequence[Extent], offset: int) -> DamagedExtent:
     """The damage of the whole extent that holds `offset`."""
     extent = next(e for e in extents if e.start <= offset < e.stop)
     return DamagedExtent(extent.start, extent.stop)
+
+
+def _header_check(path: Path, content: bytes) -> int:
+    # Seeded with the file's name: after a power cut a new file may hold the blocks of a removed one, head and all.
+    return crc32c(content, crc32c(os.fsencode(path.name)))
 
 
 def _index_path(path: Path) -> Path:

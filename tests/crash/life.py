@@ -68,7 +68,7 @@ class Life:
         self._last = max(self._last, self._generation)
         self._buffer = Buffer(self._pool, size=SIZE, recording=recording)
         self._buffer.refetchable = True
-        recording.ahead = self._random.choice([0, BLOCK])
+        recording.ahead = self._random.choice([0, BLOCK, BLOCK])
         self._claim(settled=recording.durable and self._buffer.complete)
 
     def _begin(self) -> None:
@@ -78,7 +78,7 @@ class Life:
         self._buffer.refetchable = True
         path = self._folder / f"{STREAM}-{self._generation}.data"
         recording = Recording.create(path, Header(key=KEY, generation=self._generation))
-        recording.ahead = self._random.choice([0, BLOCK])
+        recording.ahead = self._random.choice([0, BLOCK, BLOCK])
         self._buffer.record(recording)
 
     def _claim(self, *, settled: bool = False) -> None:
@@ -96,7 +96,7 @@ class Life:
     def _bring(self, position: int | None = None, most: int | None = None) -> None:
         at = self._random.randrange(SIZE) if position is None else position
         writer = self._buffer.writer(at)
-        left = self._random.choice([100, 3000, BLOCK]) if most is None else most
+        left = self._random.choice([100, 3000, BLOCK, SIZE]) if most is None else most
         while left and not writer.met:
             room = writer.room()
             assert room is not None
@@ -146,6 +146,25 @@ class Life:
             if isinstance(found, bytes):
                 expected = content(KEY, self._generation, SIZE)[start : start + len(found)]
                 assert found == expected, f"wrong bytes were served at {start}"
+
+
+def scripted(folder: Path, tell: Callable[[list[int]], None]) -> None:
+    """A life that does each thing that changes the disk once, in an order that gives each its consequence."""
+    life = Life(folder, 1, tell)
+    life._bring(0, SIZE // 2)
+    life._spill()
+    life.restart()
+    life._bring(SIZE // 2, SIZE)
+    life._settle()
+    life.restart()
+    life._lose()
+    life._settle()
+    life._replace()
+    life._bring(BLOCK, 3000)
+    life._spill()
+    life._lose()
+    life._settle()
+    life.restart()
 
 
 def check(folder: Path, claims: Claims, *, power_cut: bool) -> None:

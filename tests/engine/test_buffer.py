@@ -585,7 +585,7 @@ def test_settling_makes_it_all_durable_in_order_and_frees_memory(path, monkeypat
     assert order == []
     buffer.ended(SIZE)
     buffer.settle_for_good()
-    assert order[-3:] == [path.name, path.name + ".index", path.parent.name]
+    assert order[-3:] == [path.name, path.parent.name, path.name + ".index"]
     assert set(order[:-3]) == {"write"}
     assert pool.used == 0
     assert path.read_bytes() == DATA

@@ -232,7 +232,7 @@ def test_bytes_written_twice_load_as_one_extent(path):
     assert get(loaded, 0, BLOCK) == DATA[:BLOCK]
 
 
-def test_complete_syncs_data_then_index_then_folder(path, monkeypatch):
+def test_complete_syncs_data_and_names_before_it_says_end(path, monkeypatch):
     recording = Recording.create(path, HEADER)
     put(recording, 0, SIZE)
     order = []
@@ -246,8 +246,8 @@ def test_complete_syncs_data_then_index_then_folder(path, monkeypatch):
     before = index_of(path).stat().st_size
     monkeypatch.setattr(os, "fsync", note)
     recording.complete(SIZE)
-    assert [name for name, _ in order] == [str(path), str(index_of(path)), str(path.parent)]
-    assert [logged - before for _, logged in order] == [0, ENTRY, ENTRY]  # the end is claimed after the data is safe
+    assert [name for name, _ in order] == [str(path), str(path.parent), str(index_of(path))]
+    assert [logged - before for _, logged in order] == [0, 0, ENTRY]
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
@@ -402,6 +402,16 @@ def test_what_is_not_a_recording_is_not_loaded(path):
         index_of(path).write_bytes(noise)
         assert Recording.load(path) is None
     assert path.read_bytes() == DATA
+
+
+def test_the_head_of_another_file_is_not_believed(path):
+    """After a power cut a new index may hold the blocks of one that was removed, head and all."""
+    whole(path)
+    assert Recording.load(path) is not None
+    other = path.with_name("1-8.data")
+    path.rename(other)
+    index_of(path).rename(index_of(other))
+    assert Recording.load(other) is None
 
 
 def test_the_past_is_given_back_in_whole_extents_and_the_rest_stays_at_its_offsets(path):
