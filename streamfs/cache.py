@@ -1,7 +1,8 @@
 """What is kept and what goes: the memory budget, the disk quota, least recently used first, time to live, persist.
 
 One task (`Cache.run`) moves bytes from memory to disk and evicts; everybody else only asks it (`grew`, `memory`).
-Everything here runs in the trio thread; disk work goes to worker threads of its own limiter.
+Everything here runs in the trio thread; disk work goes to worker threads of its own limiters, so that a disk that hangs
+holds up nobody but those who wait for it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import errno
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import trio
 
@@ -31,6 +33,8 @@ a disk's pauses without starving other streams of memory."""
 FREE_FLOOR = 64 * 1024 * 1024
 """Bytes the cache leaves free on its file system, so that it is never the one that fills the disk to the brim."""
 _TTL_CHECKS = 4  # per time to live
+
+T = TypeVar("T")
 
 
 class Cached(Protocol):
@@ -94,13 +98,20 @@ class Cache:
         self.pool = Pool(memory, on_give=self._gave)
         self._is_kept = is_kept
         self._generations: dict[Cached, int] = {}  # with the bytes each takes on disk
+        self._disowned: set[Cached] = set()  # INVARIANT: of `_generations`
         self._dormant: dict[int, _Dormant] = {}
+        self._numbers: dict[int, int] = {}  # the highest generation of each stream that `scan` met
         self._wanted = trio.Event()  # wakes `run`
         self._moved = trio.Event()  # wakes who waits for memory; replaced at each use
         self._stuck = 0  # counts passes of `run` that found nothing to move for those who wait
         self._waiting = 0  # fetches that wait for memory
         self._asked = 0  # how often one began to
+        self._doomed: deque[Recording | Path] = deque()  # to be removed; the first may be under way
+        self._came_to_remove = trio.Event()  # wakes the task that removes; replaced each time
+        self._removed = trio.Event()  # set when none is left to remove; replaced when there is
         self._threads = trio.CapacityLimiter(2)
+        self._remover = trio.CapacityLimiter(1)
+        self._creating = trio.Lock()
         self._token: trio.lowlevel.TrioToken | None = None
 
     # Members
@@ -133,12 +144,17 @@ class Cache:
             else:
                 unlink_recording(path)
         now, wall = time.monotonic(), time.time()
-        for stream_id, (_, path) in newest.items():
+        for stream_id, (number, path) in newest.items():
+            self._numbers[stream_id] = number
             age = max(0.0, wall - path.stat().st_mtime)
             self._dormant[stream_id] = _Dormant(path, disk_bytes(path), now - age)
 
     def has_dormant(self, stream_id: int) -> bool:
         return stream_id in self._dormant
+
+    def last_number(self, stream_id: int) -> int:
+        """The highest generation of the stream that earlier runs left on disk; 0 where there was none."""
+        return self._numbers.get(stream_id, 0)
 
     async def wake_dormant(self, stream_id: int, key: str) -> Recording | None:
         """The recording an earlier run left for the stream, if it is of the source `key`; it is the caller's now."""
@@ -152,7 +168,7 @@ class Cache:
                 return None  # evicted meanwhile
             del self._dormant[stream_id]
             if recording is None or recording.header.key != key:
-                unlink_recording(dormant.path)
+                self.discard(dormant.path)
                 return None
         except OSError as error:
             log.warning("cannot read the recording %s: %s", dormant.path, error)
@@ -163,7 +179,7 @@ class Cache:
     def forget_dormant(self, stream_id: int) -> None:
         dormant = self._dormant.pop(stream_id, None)
         if dormant is not None:
-            _unlink(dormant.path)
+            self.discard(dormant.path)
 
     def enter(self, generation: Cached) -> None:
         """Look after a generation's bytes from now on."""
@@ -172,9 +188,41 @@ class Cache:
     def leave(self, generation: Cached, *, unlink: bool = True) -> None:
         """The generation is gone; its recording too, unless another run shall find it."""
         self._generations.pop(generation, None)
+        self._disowned.discard(generation)
         recording = generation.buffer.recording
-        if unlink and recording is not None and recording.path is not None:
-            _unlink(recording.path)
+        if unlink and recording is not None:
+            self.discard(recording)
+
+    def disown(self, generation: Cached) -> None:
+        """The generation was evicted or removed, but somebody still reads it: from now on its bytes rest in files
+        without names, so that no later run finds them."""
+        if generation in self._generations:
+            self._disowned.add(generation)
+        if generation.buffer.recording is not None:
+            self.discard(generation.buffer.recording)
+
+    def discard(self, doomed: Recording | Path) -> None:
+        """Remove a recording, in a worker thread: a large one takes the disk a while. `removed` waits for it."""
+        self._doomed.append(doomed)
+        if self._token is None:
+            _remove_all(self._doomed)  # before and after `run` nobody is held up
+            return
+        if self._removed.is_set():
+            self._removed = trio.Event()
+        self._came_to_remove.set()
+
+    async def removed(self) -> None:
+        """Wait until everything that was discarded is gone from the disk."""
+        while self._doomed:
+            await self._removed.wait()
+
+    async def _remove(self) -> None:
+        while True:
+            await self._came_to_remove.wait()
+            self._came_to_remove = trio.Event()
+            await trio.to_thread.run_sync(_remove_all, self._doomed, limiter=self._remover)
+            if not self._doomed:
+                self._removed.set()
 
     @property
     def disk_used(self) -> int:
@@ -226,43 +274,62 @@ class Cache:
     async def trim(self, generation: Cached, floor: int) -> None:
         """What lies before `floor` has left the generation's window. Never raises OSError: `disk_error` tells."""
         try:
-            await trio.to_thread.run_sync(generation.buffer.trim, floor, limiter=self._threads)
+            await self._on_disk(generation, lambda: generation.buffer.trim(floor))
         except OSError as error:
             self._disk_failed(error)
-        self._measure(generation)
 
     async def settle(self, generation: Cached) -> None:
         """Write all of a complete generation to disk and make it durable. Raises NoSpace, and where the generation is
         complete no more what took its bytes away."""
         try:
-            self._make_floor_hold(generation)
-            self._give_recording(generation, 0)  # its size is known by now
-            await trio.to_thread.run_sync(generation.buffer.settle_for_good, limiter=self._threads)
+            await self._make_floor_hold(generation)
+            await self._give_recording(generation, 0)  # its size is known by now
+            await self._on_disk(generation, generation.buffer.settle_for_good)
         except OSError as error:
             self._disk_failed(error)
             raise NoSpace(f"cannot keep the stream in {self.directory}: {error.strerror}") from error
         except ValueError as error:
             raise generation.buffer.failure or Damaged("cached bytes were lost while they were kept") from error
+
+    async def _on_disk(self, generation: Cached, work: Callable[[], T]) -> T:
+        """Do disk work of a generation in a worker thread; what it takes on disk is measured after it, even where it
+        failed. Raises as `work`."""
+        measured: list[int] = []
+
+        def measuring() -> T:
+            try:
+                return work()
+            finally:
+                measured.append(_disk_bytes(generation))
+
+        try:
+            return await trio.to_thread.run_sync(measuring, limiter=self._threads)
         finally:
-            self._measure(generation)
+            if measured and generation in self._generations:
+                self._generations[generation] = measured[-1]
 
     # The one task
 
     async def run(self) -> None:
         """Move bytes to disk as memory asks for it; evict what has outlived its time. Runs until cancelled."""
         self._token = trio.lowlevel.current_trio_token()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._expire)
-            while True:
-                await self._wanted.wait()
-                self._wanted = trio.Event()
-                try:
-                    await self._make_room()
-                except Exception:
-                    # A defect here must end neither the daemon nor the wait of whoever asked for memory.
-                    log.exception("making room failed in an unforeseen way")
-                    self._stuck += 1
-                    self._announce()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._expire)
+                nursery.start_soon(self._remove)
+                while True:
+                    await self._wanted.wait()
+                    self._wanted = trio.Event()
+                    try:
+                        await self._make_room()
+                    except Exception:
+                        # A defect here must end neither the daemon nor the wait of whoever asked for memory.
+                        log.exception("making room failed in an unforeseen way")
+                        self._stuck += 1
+                        self._announce()
+        finally:
+            self._token = None
+            _remove_all(self._doomed)
 
     async def _make_room(self) -> None:
         tried: set[Cached] = set()
@@ -292,18 +359,16 @@ class Cache:
     async def _shrink(self, generation: Cached) -> bool:
         """Move some of the generation's bytes out of memory; False where none could be."""
         pressed = bool(self._waiting) and self.pool.take_fails()
-        ahead = self._admit(generation)
+        ahead = await self._admit(generation)
         if ahead is not None:
             try:
-                self._give_recording(generation, ahead)
-                moved = await trio.to_thread.run_sync(self._spill, generation.buffer, pressed, limiter=self._threads)
+                await self._give_recording(generation, ahead)
+                moved = await self._on_disk(generation, lambda: self._spill(generation.buffer, pressed))
                 if moved:
                     self.disk_error = None
                 return moved > 0
             except OSError as error:
                 self._disk_failed(error)
-            finally:
-                self._measure(generation)
         # Without a disk memory serves as long as there is some, and gives no more than it takes: readers may be
         # waiting for the rest.
         return pressed and generation.buffer.forget_memory(LARGE, all_of_it=True) > 0
@@ -312,43 +377,55 @@ class Cache:
     def _spill(buffer: Buffer, pressed: bool) -> int:
         return buffer.spill() or (buffer.spill(all_of_it=True) if pressed else 0)
 
-    def _give_recording(self, generation: Cached, ahead: int) -> None:
+    async def _give_recording(self, generation: Cached, ahead: int) -> None:
+        """Raises OSError."""
+        async with self._creating:  # two of one name would take each other's files away
+            if generation.buffer.recording is None and not generation.buffer.doomed:
+                await self._create(generation)
         recording = generation.buffer.recording
-        if recording is None and not generation.buffer.doomed:
-            path = self.directory / recording_name(generation.stream_id, generation.number)
-            recording = Recording.create(path, generation.header)
-            generation.buffer.record(recording)
         if recording is not None:
             recording.ahead = ahead
 
-    def _admit(self, generation: Cached) -> int | None:
+    async def _create(self, generation: Cached) -> None:
+        create, path = Recording.create, self.directory / recording_name(generation.stream_id, generation.number)
+        if generation in self._disowned:
+            recording = await trio.to_thread.run_sync(Recording.anonymous, self.directory, limiter=self._threads)
+        else:
+            recording = await trio.to_thread.run_sync(create, path, generation.header, limiter=self._threads)
+        if generation in self._generations:
+            generation.buffer.record(recording)
+        if recording.path is not None and (generation not in self._generations or generation in self._disowned):
+            self.discard(recording)  # it was evicted meanwhile
+
+    async def _admit(self, generation: Cached) -> int | None:
         """Make the quota and the disk have room for one more step of spilling, evicting if need be. Gives how many
         bytes may be allocated ahead besides; None where there is no room."""
         if generation.buffer.doomed:
             return None
         step = min(generation.buffer.memory, SPILL_BATCH)
         ahead = 0 if generation.windowed else step
-        while not self._fits(step + ahead, counted=not generation.kept):
+        while not await self._fits(step + ahead, counted=not generation.kept):
             if not self._evict_one(besides=generation):
                 break
         else:
             return ahead
-        if self._fits(step, counted=not generation.kept):
+        if await self._fits(step, counted=not generation.kept):
             return 0
         self.disk_error = self.disk_error or "the cache is full and nothing in it can go"
         return None
 
-    def _make_floor_hold(self, generation: Cached) -> None:
+    async def _make_floor_hold(self, generation: Cached) -> None:
         """Evict until what a kept generation has in memory fits on the disk. Raises OSError where it does not."""
-        while not self._fits(generation.buffer.memory, counted=False):
+        while not await self._fits(generation.buffer.memory, counted=False):
             if not self._evict_one(besides=generation):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _fits(self, step: int, *, counted: bool) -> bool:
+    async def _fits(self, step: int, *, counted: bool) -> bool:
         if counted and self.size is not None and self.disk_used + step > self.size:
             return False
+        await self.removed()  # what was evicted has its space back only then
         try:
-            disk = os.statvfs(self.directory)
+            disk = await trio.to_thread.run_sync(os.statvfs, self.directory, limiter=self._threads)
         except OSError:
             return True  # writing will tell what is wrong
         return disk.f_bavail * disk.f_frsize - step >= FREE_FLOOR
@@ -376,10 +453,6 @@ class Cache:
         if oldest is not None:
             oldest.drop()
         return oldest is not None
-
-    def _measure(self, generation: Cached) -> None:
-        if generation in self._generations:
-            self._generations[generation] = _disk_bytes(generation)
 
     def _disk_failed(self, error: OSError) -> None:
         text = f"the cache directory {self.directory} cannot be written: {error.strerror or error}"
@@ -412,8 +485,13 @@ def _disk_bytes(generation: Cached) -> int:
     return 0 if recording is None else recording.disk_bytes
 
 
-def _unlink(path: Path) -> None:
-    try:
-        unlink_recording(path)
-    except OSError as error:
-        log.warning("cannot remove %s: %s", path, error)
+def _remove_all(doomed: deque[Recording | Path]) -> None:
+    """Blocks. A recording that nobody reads is closed here, too: that is what gives its space back."""
+    while doomed:
+        path = doomed[0] if isinstance(doomed[0], Path) else doomed[0].path
+        try:
+            if path is not None:
+                unlink_recording(path)
+        except OSError as error:
+            log.warning("cannot remove %s: %s", path, error)
+        doomed.popleft()

@@ -345,12 +345,13 @@ class _Life:
 
     async def _evict(self, params: dict[str, Any]) -> Any:
         if params.get("all"):
-            return self._fs.evict_all()
-        for name in params["names"]:
-            self._fs.named(name)
-        for name in params["names"]:
-            self._fs.evict(name)
-        return None
+            self._fs.evict_all()
+        else:
+            for name in params["names"]:
+                self._fs.named(name)
+            for name in params["names"]:
+                self._fs.evict(name)
+        await self._fs.removed()
 
     async def _verify(self, params: dict[str, Any]) -> Any:
         return await self._fs.verify(params.get("names") or None)

@@ -492,6 +492,10 @@ class FileSystem:
             if not entry.persist and (entry.id in self._streams or self._cache.has_dormant(entry.id)):
                 self.evict(entry.name)
 
+    async def removed(self) -> None:
+        """Wait until what was evicted is gone from the disk, too."""
+        await self._cache.removed()
+
     async def verify(self, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
         """Check every cached block of the streams (None: of all) that are on disk; damaged ones are dropped.
         Gives {"name", "ok", "detail"} for each."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -144,7 +145,7 @@ class Stream:
         """Why it cannot be opened any more: the stream was removed, or the daemon ends."""
         self._unread = trio.Event()  # set when the last handle is closed, or an open has ended
         self._persisting: trio.CancelScope | None = None
-        self._last_number = entry.facts_generation
+        self._last_number = max(entry.facts_generation, context.cache.last_number(entry.id))
         self._token = trio.lowlevel.current_trio_token()
         self._unanswered = float("-inf")  # when, by time.monotonic(), the source was last asked in vain
 
@@ -267,7 +268,7 @@ class Stream:
             generation = Generation(self, recording.header.generation, facts, recording)
         except (msgspec.MsgspecError, SourceFailed) as error:
             log.warning("the recording %s contradicts itself: %s", recording.path, error)
-            recording.unlink()
+            self.context.cache.discard(recording)
             return None
         if generation.settled or (facts.ranged and facts.validator is not None):
             pass
@@ -276,14 +277,24 @@ class Stream:
             generation.buffer.fail(
                 Damaged("some of the kept bytes are damaged: 'streamfs unpersist' and 'streamfs evict' start it anew")
             )
+        elif generation.buffer.buffered and self._shows_what_a_cut_run_left():
+            # Nobody can continue it: it is a finished generation, as one whose command was killed.
+            text = "the run was cut short when streamfs was killed: 'streamfs evict' it for a new run"
+            generation.buffer.fail(CommandFailed(text, 128 + signal.SIGKILL))
         else:
-            # A run of a command, or a body without versions, that was cut short can never be continued.
+            # A body without versions that was cut short can never be continued, and a new open asks for it anew.
             generation.buffer.close()
-            recording.unlink()
+            self.context.cache.discard(recording)
             return None
         generation.validated = float("-inf")
         self._install(generation)
         return generation
+
+    def _shows_what_a_cut_run_left(self) -> bool:
+        """Whether what a killed daemon left of a command's run is shown, rather than a new run begun: that one would
+        take its place. Who asked for the whole, for what is live or for a start with the daemon wants the new run."""
+        options = self.entry.spec.options
+        return not (self.is_url or self.entry.persist or options.window is not None or options.eager)
 
     async def _renew(self) -> Generation:
         """A new generation, from a new run or request."""
@@ -365,6 +376,7 @@ class Stream:
             return
         if generation.handles:
             self._orphans.append(generation)  # readers keep their version; it goes when the last of them closes
+            self.context.cache.disown(generation)
         else:
             self.let_go(generation)
 

@@ -183,6 +183,7 @@ async def test_a_recording_of_another_source_is_not_used(tmp_path: Path) -> None
     async with a_house(tmp_path) as house:
         house.cache.scan([2])
         assert await house.cache.wake_dormant(2, "another") is None
+        await house.cache.removed()
         assert not path.exists()
 
 

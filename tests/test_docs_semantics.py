@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from streamfs import filesystem
-from streamfs.errors import StreamfsError
+from streamfs.errors import CommandFailed, StreamfsError
 from streamfs.sources import Transports, make_source
 from streamfs.sources.base import Source
 from streamfs.spec import StreamOptions, StreamSpec, UrlSource
@@ -69,7 +69,7 @@ async def test_the_version_is_not_asked_for_while_somebody_has_it_open_and_the_a
 
 
 @pytest.mark.parametrize("kind", ["ranged url", "command", "url without versions"])
-async def test_only_a_partial_recording_of_a_ranged_url_with_a_version_survives_a_restart(
+async def test_only_a_partial_recording_of_a_ranged_url_with_a_version_survives_an_orderly_restart(
     kind: str, tmp_path: Path
 ) -> None:
     ranged, command = kind == "ranged url", kind == "command"
@@ -87,6 +87,75 @@ async def test_only_a_partial_recording_of_a_ranged_url_with_a_version_survives_
         assert await read_all(fs, "x") == origin.content()
     again = origin.sent - first
     assert again < origin.size if ranged else again == origin.size
+
+
+@pytest.mark.parametrize("how", ["plain", "persisted", "windowed", "eager", "url"])
+async def test_what_a_killed_daemon_left_of_a_commands_run_is_a_finished_generation(how: str, tmp_path: Path) -> None:
+    """Its bytes are read, its end is an error, and only an eviction starts another run. Who asked for the whole, for
+    what is live, or for a start with the daemon gets the new run at once."""
+    command = how != "url"
+    first = Origin("x", size=8 * MIB, ranged=False, told=False, named=False)
+    options = {"window": "4MiB"} if how == "windowed" else {"eager": True} if how == "eager" else {}
+    limits = {"spill_threshold": 256 * KIB, "read_ahead": MIB}
+    async with a_filesystem(tmp_path, {"x": first}, **limits) as fs:
+        await fs.add([spec_of("x", command=command, **options)])
+        opened = await fs.open_named("x")
+        number = _number(fs)
+        for offset in range(0, 4 * MIB, 64 * KIB):
+            await fs.read(opened.handle, offset, 64 * KIB)
+        await until(lambda: _on_disk(tmp_path) > 0)
+        await until(lambda: fs._streams[2].generation.buffer.memory < MIB)
+        left = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+        fs.release(opened.handle)
+        if how == "persisted":
+            first.stalls[5 * MIB] = trio.Event()
+            await fs.persist("x", True)
+    for path, data in left.items():
+        path.write_bytes(data)  # as after kill -9: nobody put it in order
+    second = Origin("x", size=8 * MIB, ranged=False, told=False, named=False, version=2)
+    async with a_filesystem(tmp_path, {"x": second}, **limits) as fs:
+        if how != "plain":
+            assert await read_all(fs, "x") == second.content()
+            assert _number(fs) > number, "a number was used twice"
+            return
+        for _ in range(2):
+            opened = await fs.open_named("x")
+            kept = next(iter(fs.streams()))["buffered"]
+            assert kept >= MIB
+            assert bytes(await fs.read(opened.handle, 0, kept)) == first.content()[:kept]
+            for _ in range(2):
+                with pytest.raises(CommandFailed, match="evict"):
+                    await fs.read(opened.handle, kept, 1)
+            fs.release(opened.handle)
+        assert next(iter(fs.streams()))["state"] == "failed"
+        assert _number(fs) == number
+        assert second.opens == []
+        fs.evict("x")
+        assert await read_all(fs, "x") == second.content()
+        assert _number(fs) > number, "a number was used twice"
+
+
+async def test_numbers_of_runs_are_not_used_again_though_the_run_before_was_evicted_unread(tmp_path: Path) -> None:
+    origin = Origin("x", size=2 * MIB, ranged=False, told=False, named=False)
+    async with a_filesystem(tmp_path, {"x": origin}, spill_threshold=256 * KIB) as fs:
+        await fs.add([spec_of("x", command=True)])
+        for number in (1, 2):
+            assert await read_all(fs, "x") == origin.content()
+            assert _number(fs) == number
+            await until(lambda: _on_disk(tmp_path) > 0)
+            left = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+            fs.evict("x")
+            await fs.removed()
+    for path, data in left.items():
+        path.write_bytes(data)
+    async with a_filesystem(tmp_path, {"x": origin}) as fs:
+        fs.evict("x")
+        assert await read_all(fs, "x") == origin.content()
+        assert _number(fs) == 3
+
+
+def _number(fs: filesystem.FileSystem) -> int:
+    return next(iter(fs.streams()))["generation"]
 
 
 def _on_disk(home: Path) -> int:

@@ -331,6 +331,7 @@ async def test_persist_by_attribute_goes_on_across_restarts_and_reads_without_th
             fs.evict("x")
         await fs.set_attribute(inode_of(fs, "x"), "user.persist", b"0")
         fs.evict("x")
+        await fs.removed()
         assert not path.exists()  # noqa: ASYNC240
     assert len(origin.opens) == asked
 
@@ -343,6 +344,7 @@ async def test_after_evict_all_and_closes_nothing_rests(tmp_path: Path) -> None:
             await read(fs, name, 3 * MIB)
         fs.evict_all()
         await until(lambda: fs._cache.pool.used == 0 and not any(o.bodies for o in served.values()))
+        await fs.removed()
         assert not any((tmp_path / "cache").iterdir())
 
 

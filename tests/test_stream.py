@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from streamfs.catalog import Entry
+from streamfs.engine.recording import Header, Recording
 from streamfs.errors import (
     Closed,
     NotFound,
@@ -21,7 +22,7 @@ from streamfs.errors import (
     StreamfsError,
 )
 from streamfs.stream import REVALIDATE, Stream
-from tests.sourcefakes import KIB, MIB, FakeSource, House, Origin, a_house, settled
+from tests.sourcefakes import KIB, MIB, FakeSource, House, Origin, a_house, settled, until
 from tests.test_generation import check, read_all
 
 
@@ -332,6 +333,44 @@ async def test_who_has_it_open_keeps_the_version_when_it_is_evicted_or_removed(
         await settled()
         assert house.cache.pool.used == 0
         assert origin.bodies == 0
+
+
+@pytest.mark.parametrize("when", ["while it rests in memory", "while its file is made", "after it went to disk"])
+async def test_what_is_evicted_while_it_is_read_leaves_nothing_that_a_later_run_finds(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = Origin(size=4 * MIB, piece=MIB)
+    async with a_house(tmp_path, spill_threshold=0, memory=64 * MIB) as house:
+        stream = house.stream(origin)
+        create = Recording.create
+        if when == "while it rests in memory":
+            house.cache.spill_threshold = 1 << 40
+        elif when == "while its file is made":
+
+            def evicting(path: Path, header: Header) -> Recording:
+                recording = create(path, header)
+                trio.from_thread.run_sync(stream.evict)
+                return recording
+
+            monkeypatch.setattr(Recording, "create", evicting)
+        handle = await stream.open()
+        await check(handle, origin, 0, 2 * MIB)
+        if when == "after it went to disk":
+            await until(lambda: handle.generation.buffer.memory < MIB)
+            assert any(tmp_path.iterdir())  # noqa: ASYNC240
+        if when != "while its file is made":
+            stream.evict()
+        house.cache.spill_threshold = 0
+        house.cache._wanted.set()
+        await until(lambda: stream.generation is None and handle.generation.buffer.memory < MIB)
+        await house.cache.removed()
+        assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
+        for offset in range(0, origin.size, MIB):
+            await check(handle, origin, offset, MIB)
+        await until(lambda: handle.generation.buffer.memory < 2 * MIB)
+        assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
+        await check(handle, origin, 0, origin.size)
+        handle.close()
 
 
 async def test_evicted_bytes_are_given_back_at_once_where_nobody_reads(
