@@ -7,6 +7,7 @@ a mount for one command.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import resource
@@ -210,7 +211,9 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
             interrupts = Interrupts()
             operations = Operations(filesystem, interrupts)
             _mount(operations, mountpoint, options)
-            life = _Life(filesystem, mountpoint, readiness)
+            there = mounts.mounted_at(str(mountpoint))
+            interrupts.device = there.device if there is not None else None
+            life = _Life(filesystem, mountpoint, readiness, functools.partial(lock.record, home.socket_path))
             try:
                 listener = listen(home.socket_path, lock)
                 async with trio.open_nursery() as nursery:
@@ -218,7 +221,9 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
                     nursery.start_soon(watchdog.beat)
                     nursery.start_soon(life.until_signal, signals)
                     nursery.start_soon(serve, listener, life.handlers())
-                    nursery.start_soon(_announce, operations, interrupts, mountpoint, readiness)
+                    if there is not None:
+                        nursery.start_soon(life.until_detached, there.device)
+                    nursery.start_soon(_announce, operations, mountpoint, readiness)
                     await life.until_unmounted(pyfuse3.main(max_tasks=MAX_TASKS))
                     nursery.cancel_scope.cancel()
             finally:
@@ -245,11 +250,9 @@ def _mount(operations: Any, mountpoint: Path, options: MountOptions) -> None:
         raise StreamfsError(f"cannot mount on {mountpoint}{hint}: {error}") from error
 
 
-async def _announce(operations: Any, interrupts: Interrupts, mountpoint: Path, readiness: _Readiness) -> None:
+async def _announce(operations: Any, mountpoint: Path, readiness: _Readiness) -> None:
     """Say that the mount is ready once it really answers."""
     await trio.to_thread.run_sync(os.stat, mountpoint)
-    there = mounts.mounted_at(str(mountpoint))
-    interrupts.device = there.device if there is not None else None
     operations.most_ahead = await trio.to_thread.run_sync(mounting.tune, mountpoint) // 2
     log.info("the mount on %s answers", mountpoint)
     readiness.ready(f"shows the streams at {mountpoint}")
@@ -258,16 +261,25 @@ async def _announce(operations: Any, interrupts: Interrupts, mountpoint: Path, r
 class _Life:
     """What ends the daemon, and what the control socket can ask of it."""
 
-    def __init__(self, filesystem: FileSystem, mountpoint: Path, readiness: _Readiness) -> None:
+    def __init__(
+        self, filesystem: FileSystem, mountpoint: Path, readiness: _Readiness, record: Callable[..., None]
+    ) -> None:
+        """`record`: HomeLock.record for this daemon."""
         self._fs = filesystem
         self._mountpoint = mountpoint
         self._readiness = readiness
+        self._record = record
         self._leaving = trio.Event()
 
     async def until_signal(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
             log.info("ending because of %s", signal.Signals(number).name)
             self._leaving.set()
+
+    async def until_detached(self, device: tuple[int, int]) -> None:
+        await mounting.until_detached(device)
+        log.info("ending: the mount was taken away")
+        self._leaving.set()
 
     async def until_unmounted(self, main: Any) -> None:
         """Serve requests until the mount is gone, or somebody asked us to leave."""
@@ -279,18 +291,23 @@ class _Life:
                 # What the kernel says at an unmount while requests are in its queue, instead of the usual ENODEV.
                 log.info("the mount is gone; requests that were under way in the kernel have failed")
             self._readiness.stopping("ending")
-            self._fs.fail_all()  # ends what threads do for the control socket, which cannot be cancelled
+            self._begin_to_end()  # ends what threads do for the control socket, which cannot be cancelled
             nursery.cancel_scope.cancel()
 
     async def _leave(self, requests: trio.CancelScope) -> None:
         await self._leaving.wait()
         self._readiness.stopping(f"unmounting {self._mountpoint}")
         # First the waits: pyfuse3 would not end while a handler is blocked.
-        self._fs.fail_all()
-        await trio.to_thread.run_sync(mounting.unmount_quietly, self._mountpoint)
+        self._begin_to_end()
+        if mounting.is_mounted(self._mountpoint):
+            await trio.to_thread.run_sync(mounting.unmount_quietly, self._mountpoint)
         with trio.move_on_after(1.0):
             await trio.sleep_forever()  # main ends by itself once the kernel has let go of the mount
         requests.cancel()
+
+    def _begin_to_end(self) -> None:
+        self._fs.fail_all()
+        self._record(ending=True)  # who wants the home may wait for it
 
     def handlers(self) -> Mapping[str, Handler]:
         return {

@@ -34,6 +34,13 @@ class Holder:
 
     pid: int
     socket: Path | None
+    ending: bool = False
+    """It has said that it will soon give the home back."""
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is no use to wait for it: a daemon that lives and is not about to end."""
+        return self.socket is not None and not self.ending and not _is_ending(self.pid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +102,8 @@ class Home:
         return self.run / SOCKET_NAME
 
     def lock(self, wait: float = 0.0) -> HomeLock:
-        """Take the home for ourselves, waiting up to `wait` seconds. The home must be prepared.
-        Raises Busy, which names the holder's pid."""
+        """Take the home for ourselves, waiting up to `wait` seconds for a command or a daemon that is about to end.
+        The home must be prepared. Raises Busy, which names the holder's pid."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             fd = os.open(self.lock_path, flags, 0o600)
@@ -106,7 +113,8 @@ class Home:
             os.fchmod(fd, 0o600)
             deadline = time.monotonic() + wait
             while not _try_flock(fd):
-                if time.monotonic() >= deadline:
+                holder = self.holder()
+                if time.monotonic() >= deadline or (holder is not None and holder.stays):
                     raise Busy(self._busy_text())
                 time.sleep(_LOCK_POLL)
             lock = HomeLock(fd)
@@ -121,7 +129,8 @@ class Home:
         try:
             raw = json.loads(self.lock_path.read_bytes())
             socket = raw["socket"]
-            return Holder(int(raw["pid"]), None if socket is None else Path(os.fsdecode(socket)))
+            place = None if socket is None else Path(os.fsdecode(socket))
+            return Holder(int(raw["pid"]), place, bool(raw.get("ending", False)))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -147,9 +156,10 @@ class HomeLock:
     def held(self) -> bool:
         return self._fd >= 0
 
-    def record(self, socket: Path | None = None) -> None:
-        """Write down this process as the holder; a daemon calls it again after its fork, with its socket."""
-        entry = {"pid": os.getpid(), "socket": None if socket is None else str(socket)}
+    def record(self, socket: Path | None = None, *, ending: bool = False) -> None:
+        """Write down this process as the holder; a daemon calls it again after its fork, with its socket, and when it
+        begins to end."""
+        entry = {"pid": os.getpid(), "socket": None if socket is None else str(socket), "ending": ending}
         data = json.dumps(entry).encode("ascii")
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, data, 0)
@@ -171,6 +181,18 @@ class HomeLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()
+
+
+_EXITING = 0x4  # PF_EXITING, in the kernel's flags of a process
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether the process has ended, or the kernel is about to clean up after it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in "ZX" or bool(int(fields[6]) & _EXITING)
 
 
 def recording_name(stream_id: int, generation: int) -> str:

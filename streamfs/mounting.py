@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import select
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+
+import trio
 
 from streamfs import mounts
 from streamfs.errors import Busy, InvalidRequest, NotPermitted, StreamfsError
@@ -63,6 +68,27 @@ def is_mounted(mountpoint: Path) -> bool:
     """Whether a streamfs is mounted on `mountpoint`, dead or alive."""
     there = mounts.mounted_at(str(mountpoint))
     return there is not None and there.is_streamfs
+
+
+async def until_detached(device: tuple[int, int]) -> None:
+    """Return once our mount table names the mount no more, whoever took it away. After a lazy unmount the kernel goes
+    on with the mount for those inside it, and does not tell its daemon."""
+    with _mount_changes() as changes:
+        while await trio.to_thread.run_sync(_is_listed, device):
+            await trio.lowlevel.wait_readable(changes.fileno())
+            changes.poll(0)
+
+
+@contextlib.contextmanager
+def _mount_changes() -> Iterator[select.epoll]:
+    """What becomes readable with each change of our mount table."""
+    with open("/proc/self/mountinfo", "rb") as table, select.epoll() as changes:
+        changes.register(table.fileno(), select.EPOLLPRI)
+        yield changes
+
+
+def _is_listed(device: tuple[int, int]) -> bool:
+    return any(mount.device == device for mount in mounts.mounts())
 
 
 def tune(mountpoint: Path) -> int:

@@ -218,3 +218,21 @@ def test_a_lock_file_that_is_a_link_is_not_opened(home: Home, tmp_path: Path) ->
 def test_a_lock_file_that_makes_no_sense_names_nobody(home: Home, text: str) -> None:
     home.lock_path.write_bytes(text.encode("latin-1"))
     assert home.holder() is None
+
+
+def test_it_is_no_use_to_wait_for_a_daemon_that_stays(home: Home) -> None:
+    with home.lock() as lock:
+        lock.record(home.socket_path)
+        with pytest.raises(Busy, match="a streamfs daemon"):
+            home.lock(wait=3600.0)  # the test's own limit is less
+
+
+def test_a_daemon_that_is_about_to_end_is_waited_for(home: Home) -> None:
+    first = home.lock()
+    first.record(home.socket_path, ending=True)
+    timer = threading.Timer(0.1, first.release)
+    timer.start()
+    try:
+        home.lock(wait=60.0).release()
+    finally:
+        timer.join()

@@ -128,12 +128,31 @@ def test_an_end_fails_readers_that_wait(fs: Mounted, tap: Tap) -> None:
     assert end_within(reader, 10) == 1
 
 
+_STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("deaf", flush=True)
+time.sleep(100000)
+"""
+
+
 def test_a_second_daemon_on_the_same_home_is_refused(fs: Mounted, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     told = fs.refused("mount", tmp_path / "other")
     assert str(fs.pid) in told
     assert not is_mounted(tmp_path / "other")
     assert fs.answers()
+
+
+def test_a_mount_right_after_the_end_of_another_waits_for_it(fs: Mounted) -> None:
+    """With a command that has to be waited for, too."""
+    path = fs.add("stubborn", "--", "python3", "-c", _STUBBORN)
+    fs.start(["cat", path])
+    wait_for(lambda: fs.buffered("stubborn") == len("deaf\n"), "the command pays no heed to SIGTERM")
+    first = fs.pid
+    os.kill(first, signal.SIGTERM)
+    assert fs.mount() != first
+    assert names_in(fs.mountpoint) == ["stubborn"]
 
 
 def test_two_homes_have_a_daemon_each(fs: Mounted, tmp_path: Path) -> None:

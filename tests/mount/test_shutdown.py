@@ -73,15 +73,6 @@ def test_the_daemon_ends_within_seconds_and_leaves_nothing(
         fs.umount("--lazy")
     else:
         subprocess.run([*how.split(), str(fs.mountpoint)], check=True, timeout=WITHIN)
-        if any(reader.poll() is None for reader in busy):
-            # The kernel keeps a detached mount for those inside it; only they or the daemon can end that.
-            for reader in busy:
-                reader.terminate()
-            for reader in busy:
-                end_within(reader, WITHIN)
-            wait_for(lambda: not is_alive(pid), "the daemon has ended", within=2 * WITHIN)
-            wait_for(lambda: not processes_with(str(tmp_path / "marker")), "no command is left", within=WITHIN)
-            return
     nothing_is_left(fs, pid, busy, tmp_path)
 
 
