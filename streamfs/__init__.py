@@ -12,13 +12,14 @@ generation    one version of its bytes, and the fetches that fill it
 catalog       the registered streams, on SQLite
 cache         what is kept and what goes: memory, disk, age
 sources       where bytes come from: commands, files, HTTP and its kin
+board         what the daemon shows in a memory-mapped file, for any program to read
 engine        the buffer: many readers, threads and trio, memory then disk
 home, spec    where things are; what a stream is registered with       mounts, processes: what the kernel tells
 logs, notify  the daemon's log; how a service manager learns about it
 errors        every error and its errno
 
 As a library: `StreamBuffer` gives random access to any iterable of bytes; `transformed` passes one through transforms,
-`Gunzip` and its kin or your own (`Transform`).
+`Gunzip` and its kin or your own (`Transform`). `Board` reads what a running daemon shows of its streams.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from streamfs.board import Board
     from streamfs.engine.streambuffer import StreamBuffer, StreamHandle
     from streamfs.engine.transforms import Bunzip2, Digest, Gunzip, Icy, Transform, Unxz, Unzstd, transformed
     from streamfs.errors import StreamfsError
 
 __all__ = [
+    "Board",
     "Bunzip2",
     "Digest",
     "Gunzip",
@@ -48,6 +51,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Board": "streamfs.board",
     "StreamBuffer": "streamfs.engine.streambuffer",
     "StreamHandle": "streamfs.engine.streambuffer",
     "StreamfsError": "streamfs.errors",

@@ -10,7 +10,18 @@ import streamfs
 
 def test_the_library_names_are_there() -> None:
     assert streamfs.__all__ == [
-        *("Bunzip2", "Digest", "Gunzip", "Icy", "StreamBuffer", "StreamHandle", "StreamfsError", "Transform", "Unxz"),
+        *(
+            "Board",
+            "Bunzip2",
+            "Digest",
+            "Gunzip",
+            "Icy",
+            "StreamBuffer",
+            "StreamHandle",
+            "StreamfsError",
+            "Transform",
+            "Unxz",
+        ),
         *("Unzstd", "__version__", "transformed"),
     ]
     for name in streamfs.__all__:
