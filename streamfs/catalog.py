@@ -184,6 +184,16 @@ class Catalog:
             rows = self._database.execute(f"SELECT {_COLUMNS} FROM streams ORDER BY name").fetchall()
         return [self._entry(row) for row in rows]
 
+    def names(self, prefix: str = "") -> list[str]:
+        """The names that begin so, in the order of their bytes."""
+        key = _key(prefix)
+        with self._guard, self._errors():
+            rows = self._database.execute(
+                "SELECT name FROM streams WHERE name >= ? AND substr(name, 1, ?) = ? ORDER BY name",
+                (key, len(key), key),
+            ).fetchall()
+        return [_name(row[0]) for row in rows]
+
     def get(self, name: str) -> Entry:
         """The stream `name`. Raises NotFound."""
         with self._guard, self._errors():

@@ -317,6 +317,7 @@ class _Life:
             "remove": self._remove,
             "rename": self._rename,
             "list": self._list,
+            "names": self._names,
             "status": self._status,
             "persist": self._persist,
             "evict": self._evict,
@@ -350,6 +351,9 @@ class _Life:
 
     async def _list(self, params: dict[str, Any]) -> Any:
         return list(self._fs.streams())
+
+    async def _names(self, params: dict[str, Any]) -> Any:
+        return self._fs.stream_names(str(params.get("prefix", "")))
 
     async def _status(self, params: dict[str, Any]) -> Any:
         return list(self._fs.streams(params.get("names") or None))

@@ -552,6 +552,10 @@ class FileSystem:
             except SourceChanged:
                 continue  # as the kernel does: look the name up again, it is another inode now
 
+    def stream_names(self, prefix: str = "") -> list[str]:
+        """The names of streams that begin so, in the order of their bytes."""
+        return sorted((e.name for e in self._entries.values() if e.name.startswith(prefix)), key=os.fsencode)
+
     def streams(self, names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
         """What `ls --json` and `status --json` say of each stream, in the order of names."""
         entries = (

@@ -10,6 +10,7 @@
     logs.py      logs
     systemd.py   systemd
     doctor.py    doctor
+    completion.py  completion, for the shells
     helper.py    mount.streamfs, which mount(8) calls
     mounts.py    what the kernel says is mounted
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import click
 
+from streamfs.cli.completion import COMPLETION_VARIABLE, completion
 from streamfs.cli.doctor import doctor
 from streamfs.cli.keep import evict, save, verify
 from streamfs.cli.logs import logs
@@ -19,7 +20,6 @@ from streamfs.cli.systemd import systemd
 from streamfs.errors import StreamfsError
 
 FAILURE, USAGE, INTERRUPT = 1, 2, 130
-COMPLETION_VARIABLE = "_STREAMFS_COMPLETE"  # set by the shell's completion that click generates
 DEBUG_VARIABLE = "STREAMFS_DEBUG"
 """Set, it shows the traceback of what went wrong besides its one line."""
 
@@ -40,7 +40,24 @@ def cli() -> None:
     """
 
 
-for command in (mount, umount, add, rm, mv, ls, status, persist, unpersist, save, evict, verify, logs, systemd, doctor):
+for command in (
+    mount,
+    umount,
+    add,
+    rm,
+    mv,
+    ls,
+    status,
+    persist,
+    unpersist,
+    save,
+    evict,
+    verify,
+    logs,
+    systemd,
+    doctor,
+    completion,
+):
     cli.add_command(command)
 
 

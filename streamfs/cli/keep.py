@@ -27,7 +27,7 @@ Progress = Callable[[int, int | None], None]
 
 
 @click.command()
-@click.argument("name", type=types.NAME)
+@click.argument("name", type=types.STREAM)
 @click.argument("dest", type=click.Path())
 def save(name: str, dest: str) -> None:
     """Copy the whole stream NAME to the file DEST.
@@ -204,6 +204,7 @@ def _progress(name: str) -> Iterator[Progress]:
 
 _CACHE_DIR = click.option(
     "--cache-dir",
+    type=types.DIRECTORY,
     metavar="DIR",
     envvar="STREAMFS_MOUNT_CACHE_DIR",
     help="Where the cache is, if mounted with that option and no daemon runs.",
@@ -211,7 +212,7 @@ _CACHE_DIR = click.option(
 
 
 @click.command()
-@click.argument("names", metavar="[NAME]...", nargs=-1, type=types.NAME)
+@click.argument("names", metavar="[NAME]...", nargs=-1, type=types.STREAM)
 @click.option("--all", "every", is_flag=True, envvar="STREAMFS_EVICT_ALL", help="All streams that are not persisted.")
 @_CACHE_DIR
 def evict(names: tuple[str, ...], every: bool, cache_dir: str | None) -> None:
@@ -223,7 +224,7 @@ def evict(names: tuple[str, ...], every: bool, cache_dir: str | None) -> None:
 
 
 @click.command()
-@click.argument("names", metavar="[NAME]...", nargs=-1, type=types.NAME)
+@click.argument("names", metavar="[NAME]...", nargs=-1, type=types.STREAM)
 @click.option("--json", "as_json", is_flag=True, envvar="STREAMFS_VERIFY_JSON", help="One JSON document.")
 @_CACHE_DIR
 def verify(names: tuple[str, ...], as_json: bool, cache_dir: str | None) -> None:

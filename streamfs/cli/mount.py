@@ -24,14 +24,14 @@ _LOOK = 0.05  # seconds between two looks at the mount table, which tells nobody
 
 
 @click.command()
-@click.argument("mountpoint")  # not a click.Path, which would stat it, and so wait for a daemon that hangs
+@click.argument("mountpoint", type=types.DIRECTORY)
 @click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
 @click.option("--allow-other", is_flag=True, help="Let other users read the mount.")
 @click.option("--memory", type=types.SIZE, help="Memory for the bytes of all streams. [default: 256MiB]")
 @click.option(
     "--spill-threshold", type=types.SIZE, help="A stream with more than this moves to the cache. [default: 5MiB]"
 )
-@click.option("--cache-dir", metavar="DIR", help="Where the cache is. [default: in the home]")
+@click.option("--cache-dir", type=types.DIRECTORY, metavar="DIR", help="Where the cache is. [default: in the home]")
 @click.option(
     "--cache-size", type=types.SIZE_OR_NONE, help="What it may hold besides persisted streams. [default: 10GiB]"
 )
@@ -74,7 +74,7 @@ def mount_options(given: dict[str, Any]) -> MountOptions:
 
 
 @click.command()
-@click.argument("mountpoint", required=False)
+@click.argument("mountpoint", required=False, type=types.DIRECTORY)
 @click.option("--lazy", is_flag=True, help="Also while programs have files open: they get errors.")
 def umount(mountpoint: str | None, lazy: bool) -> None:
     """End the daemon and its mount.

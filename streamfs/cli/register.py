@@ -83,12 +83,18 @@ class _AddCommand(click.Command):
     help="A request header (repeatable).",
 )
 @click.option("--user-agent", metavar="TEXT", help="The User-Agent header.")
-@click.option("--cookie-file", metavar="FILE", help="Cookies, as browsers' extensions and curl save them.")
-@click.option("--netrc", metavar="FILE", help="Logins, in netrc format.")
+@click.option(
+    "--cookie-file", type=types.FILE, metavar="FILE", help="Cookies, as browsers' extensions and curl save them."
+)
+@click.option("--netrc", type=types.FILE, metavar="FILE", help="Logins, in netrc format.")
 @click.option("--proxy", type=types.PROXY, help="http://, https:// or socks5h://HOST:PORT")
-@click.option("--cacert", metavar="FILE", help="Trust the authorities of this PEM file, and no others.")
-@click.option("--cert", metavar="FILE", help="Client certificate (PEM).")
-@click.option("--key", metavar="FILE", help="Key of the client certificate (PEM), if it is not in the same file.")
+@click.option(
+    "--cacert", type=types.FILE, metavar="FILE", help="Trust the authorities of this PEM file, and no others."
+)
+@click.option("--cert", type=types.FILE, metavar="FILE", help="Client certificate (PEM).")
+@click.option(
+    "--key", type=types.FILE, metavar="FILE", help="Key of the client certificate (PEM), if it is not in the same file."
+)
 @click.option("--insecure", is_flag=True, help="Do not check the server's certificate.")
 @click.option(
     "--stall-timeout",
@@ -103,11 +109,14 @@ class _AddCommand(click.Command):
 @click.option("--no-probe", is_flag=True, help="Do not ask the server for the length before the first open.")
 @click.option("--window", type=types.WINDOW, help="Keep only the last SIZE or DURATION of an endless stream.")
 @click.option("--eager", is_flag=True, help="Start with the mount, not with the first read.")
-@click.option("--cwd", metavar="DIR", help="Where the command runs. [default: the current directory]")
+@click.option(
+    "--cwd", type=types.DIRECTORY, metavar="DIR", help="Where the command runs. [default: the current directory]"
+)
 @click.option("--env", type=types.VARIABLE, multiple=True, help="A variable for the command (repeatable).")
 @click.option(
     "--transform",
     "transforms",
+    type=types.TRANSFORM,
     metavar="NAME",
     multiple=True,
     envvar="STREAMFS_ADD_TRANSFORM",
@@ -205,7 +214,7 @@ def _words(line: str) -> tuple[str, ...]:
 
 
 @click.command()
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=types.NAME)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=types.STREAM)
 def rm(names: tuple[str, ...]) -> None:
     """Forget streams and their cached bytes.
 
@@ -216,8 +225,8 @@ def rm(names: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("old", type=types.NAME)
-@click.argument("new", type=types.NAME)
+@click.argument("old", type=types.STREAM)
+@click.argument("new", type=types.STREAM)
 def mv(old: str, new: str) -> None:
     """Rename the stream, or the folder of streams, OLD to NEW."""
     with open_registry(Home.locate()) as registry:
@@ -225,7 +234,7 @@ def mv(old: str, new: str) -> None:
 
 
 @click.command()
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=types.NAME)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=types.STREAM)
 def persist(names: tuple[str, ...]) -> None:
     """Fetch all of a stream and keep it.
 
@@ -237,7 +246,7 @@ def persist(names: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=types.NAME)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=types.STREAM)
 def unpersist(names: tuple[str, ...]) -> None:
     """Let a stream's bytes be evicted again."""
     with open_registry(Home.locate()) as registry:

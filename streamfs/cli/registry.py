@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from streamfs.control import Client
 from streamfs.control.client import DEFAULT_TIMEOUT
-from streamfs.errors import Busy, InvalidRequest, NotPermitted, Unreachable
+from streamfs.errors import Busy, InvalidRequest, NotPermitted, StreamfsError, Unreachable
 from streamfs.home import Home, recording_of
 from streamfs.spec import StreamSpec
 
@@ -22,6 +22,7 @@ Row: TypeAlias = dict[str, Any]
 """One element of "streams" in the JSON shape: name, source, state, size, buffered, readers, persist, error, …"""
 
 WAIT = 10.0  # seconds for another command, or a daemon that starts or ends, to make way
+COMPLETE_WITHIN = 1.0  # seconds that somebody who pressed the tab key waits for a daemon
 _RETRY = 0.1  # seconds; between two looks at who holds the home
 
 
@@ -75,6 +76,30 @@ def connect(home: Home, timeout: float = DEFAULT_TIMEOUT) -> Client | None:
         with contextlib.suppress(Unreachable):
             return Client(path, timeout)
     return None
+
+
+def names_for_completion(prefix: str) -> list[str]:
+    """The names of streams that begin so, in their order, without those that a shell could not take in one line; none
+    where they cannot be had at once."""
+    return [name for name in _names_at_once(prefix) if name.isprintable()]
+
+
+def _names_at_once(prefix: str) -> list[str]:
+    try:
+        home = Home.locate()
+        if not home.catalog_path.exists():
+            return []
+        client = connect(home, COMPLETE_WITHIN)
+        if client is not None:
+            with client:
+                return [str(name) for name in client.call("names", prefix=prefix)]
+        with home.lock():
+            from streamfs.catalog import Catalog
+
+            with Catalog(home.catalog_path) as catalog:
+                return catalog.names(prefix)
+    except (StreamfsError, OSError):
+        return []  # a shell that completes has no place for errors
 
 
 class Live:

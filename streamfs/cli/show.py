@@ -43,7 +43,7 @@ def ls(long: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("names", metavar="[NAME]...", nargs=-1, type=types.NAME)
+@click.argument("names", metavar="[NAME]...", nargs=-1, type=types.STREAM)
 @click.option(
     "--json",
     "as_json",

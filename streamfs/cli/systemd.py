@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from streamfs import mounts
+from streamfs.cli import types
 from streamfs.cli.mount import mount
 from streamfs.errors import AlreadyExists, NotFound, NotPermitted
 from streamfs.home import HOME_VARIABLE
@@ -27,7 +28,7 @@ _WHY_SO_OPEN = """\
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=types.DIRECTORY)
 @click.argument("options", metavar="[MOUNT OPTION]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--system", is_flag=True, help="A unit of the whole system, not of your own session.")
 @click.option("--run-as", metavar="USER", help="With --system: whose streams these are. [default: root]")

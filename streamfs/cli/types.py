@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from streamfs.errors import InvalidRequest
-from streamfs.spec import check_name, check_proxy, parse_duration, parse_size, parse_window
+from streamfs.spec import TRANSFORMS, check_name, check_proxy, parse_duration, parse_size, parse_window
 
 
 class Checked(click.ParamType[Any]):
@@ -55,6 +56,43 @@ def _check_window(text: str) -> str:
     return text.strip()
 
 
+class StreamName(Checked):
+    """The name of a stream, completed by the shell from those that are registered."""
+
+    def __init__(self) -> None:
+        super().__init__("name", check_name)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[Any]]:
+        from streamfs.cli.registry import names_for_completion
+
+        given: object = ctx.params.get(param.name or "")
+        chosen = set(given) if isinstance(given, tuple) else set()
+        return [CompletionItem(name) for name in names_for_completion(incomplete) if name not in chosen]
+
+
+class PathText(click.ParamType[str]):
+    """A path as it was typed, which is not looked at: that could mean to wait for a daemon that hangs. `kind` is what
+    the shell completes, "file" or "dir"."""
+
+    def __init__(self, kind: str) -> None:
+        self.name = "text"
+        self._kind = kind
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[Any]]:
+        return [CompletionItem(incomplete, type=self._kind)]
+
+
+class Suggested(click.ParamType[str]):
+    """Any text, of which `known` are suggested by the shell."""
+
+    def __init__(self, known: Sequence[str]) -> None:
+        self.name = "text"
+        self._known = known
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[Any]]:
+        return [CompletionItem(word) for word in self._known if word.startswith(incomplete)]
+
+
 NONE = object()
 """The value "none" of an option that has one, to be told from an option that was not given."""
 
@@ -67,6 +105,10 @@ HEADER = Checked("'name: value'", _parse_header, "\n")
 VARIABLE = Checked("name=value", _parse_variable, "\n")
 PROXY = Checked("url", check_proxy)
 NAME = Checked("name", check_name)
+STREAM = StreamName()
+FILE = PathText("file")
+DIRECTORY = PathText("dir")
+TRANSFORM = Suggested(TRANSFORMS)
 
 
 def human_size(size: int | None) -> str:
