@@ -32,7 +32,7 @@ from streamfs.home import Home, HomeLock, secure_directory
 from streamfs.interrupts import Interrupts
 from streamfs.notify import Notifier
 from streamfs.sources import Transports, make_source
-from streamfs.spec import MountOptions, StreamSpec
+from streamfs.spec import IfTaken, MountOptions, Registration, StreamSpec
 from streamfs.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -314,6 +314,8 @@ class _Life:
             "ping": self._ping,
             "add": self._add,
             "add_many": self._add_many,
+            "register": self._register,
+            "export": self._export,
             "remove": self._remove,
             "rename": self._rename,
             "list": self._list,
@@ -342,6 +344,17 @@ class _Life:
     async def _add_many(self, params: dict[str, Any]) -> Any:
         specs = [_spec(item) for item in params["specs"]]
         await self._fs.add(specs, replace=bool(params.get("replace", False)), probe=bool(params.get("probe", False)))
+
+    async def _register(self, params: dict[str, Any]) -> Any:
+        try:
+            asked = msgspec.convert(params, _Register)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(f"not a list of streams: {error}") from error
+        done = await self._fs.register(asked.items, asked.taken, probe=asked.probe, dry_run=asked.dry_run)
+        return [(outcome, wanted, entry.name) for outcome, wanted, entry in done]
+
+    async def _export(self, params: dict[str, Any]) -> Any:
+        return self._fs.registered()
 
     async def _remove(self, params: dict[str, Any]) -> Any:
         await self._fs.remove(params["names"])
@@ -385,6 +398,13 @@ class _Life:
     async def _refuse_if_busy(self) -> None:
         if self._fs.open_files:
             raise Busy(f"{self._mountpoint} is in use ({self._fs.open_files} open files): close them, or use --lazy")
+
+
+class _Register(msgspec.Struct, forbid_unknown_fields=True):
+    items: list[Registration]
+    taken: IfTaken = "refuse"
+    probe: bool = False
+    dry_run: bool = False
 
 
 def _spec(raw: Any) -> StreamSpec:

@@ -565,6 +565,11 @@ class FileSystem:
         )
         return (self._described(entry) for entry in entries)
 
+    def registered(self) -> list[Registration]:
+        """Every stream as it was registered, secrets and all, in the order of names."""
+        entries = sorted(self._entries.values(), key=lambda e: os.fsencode(e.name))
+        return [Registration(spec=entry.spec, persist=entry.persist) for entry in entries]
+
     def _described(self, entry: Entry) -> dict[str, Any]:
         stream = self._streams.get(entry.id)
         shown = entry.described()

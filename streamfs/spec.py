@@ -56,6 +56,7 @@ class StreamOptions(
 
     size: Annotated[int, msgspec.Meta(ge=0)] | None = None  # declared length in bytes
     headers: tuple[tuple[str, str], ...] = ()
+    secret_headers: tuple[tuple[str, str], ...] = ()  # values refer to files and the like: as check_reference says
     user_agent: str | None = None
     cookie_file: str | None = None  # Netscape format
     netrc: str | None = None  # path of the netrc file to use
@@ -203,6 +204,10 @@ def check_spec(spec: StreamSpec) -> StreamSpec:
             raise InvalidRequest(f"not a header name: {header!r}")
         if _CONTROL.search(value):
             raise InvalidRequest(f"the value of the header {header} holds a control character")
+    for header, value in options.secret_headers:
+        if not _TOKEN.fullmatch(header):
+            raise InvalidRequest(f"not a header name: {header!r}")
+        check_reference(value)
     if options.user_agent is not None and _CONTROL.search(options.user_agent):
         raise InvalidRequest("the user agent holds a control character")
     for key, value in options.env.items():
@@ -229,6 +234,24 @@ def check_spec(spec: StreamSpec) -> StreamSpec:
     return spec
 
 
+REFERENCE = re.compile(r"\$\{(file|env|credential):([^}]+)\}")
+"""Where a secret is: ${file:/PATH}, ${env:VARIABLE} of the daemon, ${credential:NAME} of its systemd unit."""
+
+
+def check_reference(value: str) -> str:
+    """The value of a secret header: text with one reference or more, whose secrets are read for each request and kept
+    nowhere. Raises InvalidRequest."""
+    rest, count = REFERENCE.subn("", value)
+    if not count or "${" in rest:
+        raise InvalidRequest("a secret header refers to its secret: ${file:PATH}, ${env:NAME} or ${credential:NAME}")
+    for kind, place in REFERENCE.findall(value):
+        if kind == "file" and not place.startswith(("/", "~")):
+            raise InvalidRequest(f"${{file:PATH}} is an absolute path, not {place!r}")
+    if _CONTROL.search(value):
+        raise InvalidRequest("a secret header holds a control character")
+    return value
+
+
 def check_transforms(names: tuple[str, ...]) -> tuple[str, ...]:
     """`names`, if each is a transform's and they can follow one another. Raises InvalidRequest."""
     for name in names:
@@ -247,6 +270,7 @@ def _check_no_nul(what: str, text: str) -> None:
 _NO_OPTIONS = StreamOptions()
 _URL_ONLY = (
     "headers",
+    "secret_headers",
     "user_agent",
     "cookie_file",
     "netrc",

@@ -4,6 +4,7 @@
     types.py     sizes, durations, headers: texts of the command line to values
     registry.py  the same questions to a running daemon, or without one to the catalogue itself
     register.py  add, rm, mv, persist, unpersist
+    lists.py     import, export
     show.py      ls, status
     mount.py     mount, umount
     keep.py      save, evict, verify

@@ -12,6 +12,7 @@ import click
 from streamfs.cli.completion import COMPLETION_VARIABLE, completion
 from streamfs.cli.doctor import doctor
 from streamfs.cli.keep import evict, save, verify
+from streamfs.cli.lists import export, import_
 from streamfs.cli.logs import logs
 from streamfs.cli.mount import mount, umount
 from streamfs.cli.register import add, mv, persist, rm, unpersist
@@ -44,6 +45,8 @@ for command in (
     mount,
     umount,
     add,
+    import_,
+    export,
     rm,
     mv,
     ls,

@@ -6,13 +6,15 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+import msgspec
 
 from streamfs.control import Client
 from streamfs.control.client import DEFAULT_TIMEOUT
 from streamfs.errors import Busy, InvalidRequest, NotPermitted, StreamfsError, Unreachable
 from streamfs.home import Home, recording_of
-from streamfs.spec import StreamSpec
+from streamfs.spec import IfTaken, Registration, StreamSpec
 
 if TYPE_CHECKING:
     from streamfs.catalog import Catalog, Entry
@@ -26,6 +28,15 @@ COMPLETE_WITHIN = 1.0  # seconds that somebody who pressed the tab key waits for
 _RETRY = 0.1  # seconds; between two looks at who holds the home
 
 
+class Outcome(NamedTuple):
+    """What became of an entry of a list: "added", "unchanged", "skipped", "replaced" or "renamed"; the name it came
+    with, and the one it has."""
+
+    outcome: str
+    wanted: str
+    name: str
+
+
 class Registry(Protocol):
     """What the commands need. Errors are StreamfsErrors; a change is done when a method returns."""
 
@@ -33,6 +44,10 @@ class Registry(Protocol):
     """Whether a daemon answers."""
 
     def add(self, spec: StreamSpec, replace: bool) -> None: ...
+    def register(
+        self, items: Sequence[Registration], taken: IfTaken, *, probe: bool, dry_run: bool
+    ) -> list[Outcome]: ...
+    def registered(self) -> list[Registration]: ...
     def remove(self, names: Sequence[str]) -> None: ...
     def rename(self, old: str, new: str) -> None: ...
     def everything(self) -> list[Row]: ...
@@ -111,6 +126,13 @@ class Live:
     def add(self, spec: StreamSpec, replace: bool) -> None:
         self._client.call("add", spec=spec, **({"replace": True} if replace else {}))
 
+    def register(self, items: Sequence[Registration], taken: IfTaken, *, probe: bool, dry_run: bool) -> list[Outcome]:
+        done = self._client.call("register", items=items, taken=taken, probe=probe, dry_run=dry_run)
+        return [Outcome(*one) for one in done]
+
+    def registered(self) -> list[Registration]:
+        return msgspec.convert(self._client.call("export"), list[Registration])
+
     def remove(self, names: Sequence[str]) -> None:
         self._client.call("remove", names=names)
 
@@ -152,6 +174,13 @@ class Offline:
 
     def add(self, spec: StreamSpec, replace: bool) -> None:
         self._catalog.add(spec, replace)
+
+    def register(self, items: Sequence[Registration], taken: IfTaken, *, probe: bool, dry_run: bool) -> list[Outcome]:
+        done = self._catalog.register(items, taken, dry_run=dry_run)
+        return [Outcome(outcome, wanted, entry.name) for outcome, wanted, entry in done]
+
+    def registered(self) -> list[Registration]:
+        return [Registration(spec=entry.spec, persist=entry.persist) for entry in self._catalog.all()]
 
     def remove(self, names: Sequence[str]) -> None:
         removed = self._catalog.remove(names)

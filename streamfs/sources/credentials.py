@@ -6,8 +6,10 @@ import base64
 import functools
 import http.cookiejar
 import netrc
+import os
 import urllib.request
 from importlib import metadata
+from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import trio
@@ -15,8 +17,9 @@ import trio
 from streamfs.errors import SourceFailed
 from streamfs.sources.addresses import Origin
 from streamfs.sources.transport import Identity
-from streamfs.spec import StreamOptions
+from streamfs.spec import REFERENCE, StreamOptions
 
+_MOST_SECRET = 16 << 10  # bytes; servers take no longer headers
 # These carry the meaning of a request; an option that changed them would change what a reply proves.
 _OURS = frozenset(
     {"range", "if-range", "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "accept-encoding"}
@@ -51,6 +54,11 @@ async def secrets_for(url: str, options: StreamOptions, login: tuple[str, str] |
     from `login` (user and password of the registered URL) or else the netrc file, cookies that match. Files are read
     each time, as they change under us. Raises SourceFailed where one cannot be read, without showing what is in it."""
     headers = [(name, value) for name, value in options.headers if name.lower() not in _OURS]
+    if options.secret_headers:
+        named = [(name, value) for name, value in options.secret_headers if name.lower() not in _OURS]
+        secret = await trio.to_thread.run_sync(lambda: [(name, resolved(value)) for name, value in named])
+        hidden = {name.lower() for name, _ in secret}
+        headers = [header for header in headers if header[0].lower() not in hidden] + secret
     given = {name.lower() for name, _ in headers}
     if "authorization" not in given:
         login = login or await _login_from_netrc(url, options)
@@ -61,6 +69,37 @@ async def secrets_for(url: str, options: StreamOptions, login: tuple[str, str] |
         if cookie:
             headers.append(("Cookie", cookie))
     return headers
+
+
+def resolved(value: str) -> str:
+    """The value of a secret header with its references replaced by what they refer to. Reads files. Raises
+    SourceFailed, which names the place and shows nothing of it."""
+    return REFERENCE.sub(lambda match: _secret(match[1], match[2]), value)
+
+
+def _secret(kind: str, place: str) -> str:
+    if kind == "env":
+        secret = os.environ.get(place)
+        if secret is None:
+            raise SourceFailed(f"the secret ${{env:{place}}} is not set in the daemon's environment")
+    else:
+        path = place
+        if kind == "credential":
+            folder = os.environ.get("CREDENTIALS_DIRECTORY")
+            if folder is None or "/" in place:
+                raise SourceFailed(f"the secret ${{credential:{place}}} is not there: no credential of a systemd unit")
+            path = f"{folder}/{place}"
+        try:
+            with open(Path(path).expanduser(), "rb") as file:
+                raw = file.read(_MOST_SECRET + 1)
+        except (OSError, RuntimeError) as error:  # RuntimeError: whose home that is, nobody knows
+            raise SourceFailed(
+                f"the secret ${{{kind}:{place}}} cannot be read: {getattr(error, 'strerror', error)}"
+            ) from error
+        secret = raw.decode("utf-8", "surrogateescape").rstrip("\r\n")
+    if len(secret) > _MOST_SECRET or any(ord(letter) < 32 or ord(letter) >= 127 for letter in secret):
+        raise SourceFailed(f"the secret ${{{kind}:{place}}} is not one line of plain characters")
+    return secret
 
 
 def basic(login: tuple[str, str]) -> tuple[str, str]:

@@ -138,6 +138,11 @@ class HttpSource:
                 await answer.aclose()
         raise self._stalled(attempts)
 
+    @property
+    def landed(self) -> str:
+        """The URL that answered last, past all redirects: where references in its bytes start."""
+        return self._landing.url if self._landing is not None else self._url
+
     async def aclose(self) -> None:
         """Nothing is held besides bodies: connections belong to the transports."""
         await trio.lowlevel.checkpoint()
