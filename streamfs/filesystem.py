@@ -50,6 +50,8 @@ PROBES = 8
 PROBES_AT_START = 256
 """Streams added while no daemon ran that are probed when one starts; a larger catalogue is not probed at all, so that
 mounting it costs no host a flood."""
+SHOWN_AT_ONCE = 200
+"""Streams of a list that are shown in one go: some milliseconds in which nobody else is served."""
 CLOSE_WITHIN = 4.0
 """Seconds all streams together have to give back connections and processes at the end."""
 
@@ -360,10 +362,15 @@ class FileSystem:
         """Register the streams of a list, all or none; they show at once. `probe`: ask the sources of those that are
         new. Raises as Catalog.register."""
         method = functools.partial(self._catalog.register, dry_run=dry_run)
-        done = await self._change(method, list(items), taken)
-        for outcome, _, entry in () if dry_run else done:
-            if outcome not in ("unchanged", "skipped"):
-                self._show(entry, probe=probe)
+        # As `_change`; and nobody else changes the catalogue before all of it shows, which is done step by step.
+        with trio.CancelScope(shield=True):
+            async with self._catalog_turn:
+                done = await trio.to_thread.run_sync(method, list(items), taken, limiter=trio.CapacityLimiter(1))
+                shown = [] if dry_run else [one.entry for one in done if one.outcome not in ("unchanged", "skipped")]
+                for number, entry in enumerate(shown, 1):
+                    self._show(entry, probe=probe)
+                    if number % SHOWN_AT_ONCE == 0:
+                        await trio.lowlevel.checkpoint()
         return done
 
     def _show(self, entry: Entry, *, probe: bool) -> None:
