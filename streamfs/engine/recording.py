@@ -36,6 +36,7 @@ BLOCK = 64 * 1024
 64 KiB cost some 10 microseconds, and a GiB takes 512 KiB of index."""
 
 _MAGIC = b"streamfs recording 3\n"
+_OLDER_MAGIC = b"streamfs recording 2\n"  # its head is not bound to the file's name; read, and never made
 _SALT = 8  # random bytes in the head of each index
 _ENTRY = struct.Struct("<QQIII4x")  # offset, length, CRC of the data, kind, CRC of the entry
 _DATA, _DROP, _END = 1, 2, 3
@@ -164,12 +165,15 @@ class Recording:
             return None
         raw = _read_all(index.fd)
         fixed = len(_MAGIC) + 8 + _SALT
-        if len(raw) < fixed or not raw.startswith(_MAGIC):
+        older = raw.startswith(_OLDER_MAGIC)
+        if len(raw) < fixed or not (older or raw.startswith(_MAGIC)):
             return None
         length, check = struct.unpack_from("<II", raw, len(_MAGIC))
         encoded = raw[fixed : fixed + length]
         salt = raw[fixed - _SALT : fixed]
-        if len(encoded) != length or _header_check(path, salt + encoded) != check:
+        if len(encoded) != length or check != (
+            crc32c(salt + encoded) if older else _header_check(path, salt + encoded)
+        ):
             return None
         try:
             header = msgspec.json.decode(encoded, type=Header)
@@ -183,6 +187,8 @@ class Recording:
         os.lseek(index.fd, good, os.SEEK_SET)
         if recording.durable:
             os.fsync(index.fd)  # the writer was perhaps killed between its last entry and this
+            if older:
+                _sync_folder(path.parent)  # which came last then
         recording.suspect = not recording.durable
         recording._allocated = os.fstat(data.fd).st_size
         return recording
