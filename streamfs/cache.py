@@ -157,7 +157,8 @@ class Cache:
         return self._numbers.get(stream_id, 0)
 
     async def wake_dormant(self, stream_id: int, key: str) -> Recording | None:
-        """The recording an earlier run left for the stream, if it is of the source `key`; it is the caller's now."""
+        """The recording an earlier run left for the stream, if it is of the source `key`; it is the caller's now.
+        Raises Damaged where there was one that cannot be read at all, and is gone now."""
         dormant = self._dormant.get(stream_id)
         if dormant is None:
             return None
@@ -169,6 +170,10 @@ class Cache:
             del self._dormant[stream_id]
             if recording is None or recording.header.key != key:
                 self.discard(dormant.path)
+            if recording is None:
+                log.warning("the recording %s has no index that can be read: it was dropped", dormant.path)
+                raise Damaged("its recording had no index that could be read, and was dropped")
+            if recording.header.key != key:
                 return None
         except OSError as error:
             log.warning("cannot read the recording %s: %s", dormant.path, error)

@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -46,6 +47,33 @@ WAIT_FOR_END = 60.0
 stall timeout of its own."""
 PERSIST_RETRY = (1.0, 60.0)
 """Seconds before persisting is tried again after a failure: the first, and the most; each is twice the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What a check of a stream's bytes on disk came to."""
+
+    blocks: int
+    """Those looked at."""
+    damaged: list[tuple[int, int]]
+    """Where bytes were damaged, as (start, stop)."""
+    index: str | None
+    """What was wrong with the index, since it was last asked."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.damaged and self.index is None
+
+    def __str__(self) -> str:
+        said = [self.index] if self.index else []
+        if self.damaged:
+            said.append(f"{len(self.damaged)} of {self.blocks} blocks on disk were damaged, at bytes {self._places()}")
+        else:
+            said.append(f"{self.blocks} blocks on disk are whole")
+        return "; ".join(said)
+
+    def _places(self) -> str:
+        return ", ".join(f"{a}-{b}" for a, b in self.damaged[:4]) + (", …" if len(self.damaged) > 4 else "")
 
 
 class Handle:
@@ -147,6 +175,7 @@ class Stream:
         self._persisting: trio.CancelScope | None = None
         self._last_number = max(entry.facts_generation, context.cache.last_number(entry.id))
         self._token = trio.lowlevel.current_trio_token()
+        self._index_damage: str | None = None  # what was found when an earlier run's recording was loaded
         self._unanswered = float("-inf")  # when, by time.monotonic(), the source was last asked in vain
 
     @property
@@ -258,9 +287,16 @@ class Stream:
 
     async def _revive(self) -> Generation | None:
         """The generation that an earlier run recorded, where its bytes can be used."""
-        recording = await self.context.cache.wake_dormant(self.entry.id, self.key)
+        try:
+            recording = await self.context.cache.wake_dormant(self.entry.id, self.key)
+        except Damaged as error:
+            self._index_damage = str(error)
+            return None
         if recording is None:
             return None
+        if recording.unread:
+            self._index_damage = f"{recording.unread} bytes of its index were damaged or torn"
+            log.warning("the recording %s: %s", recording.path, self._index_damage)
         # No later run may take the number of an earlier one, whether that one's bytes are used or not.
         self._last_number = max(self._last_number, recording.header.generation)
         try:
@@ -274,9 +310,9 @@ class Stream:
             pass
         elif recording.size is not None and self.entry.persist:
             # It was whole once. What was damaged since then cannot be had again; the rest is still what was to be kept.
-            generation.buffer.fail(
-                Damaged("some of the kept bytes are damaged: 'streamfs unpersist' and 'streamfs evict' start it anew")
-            )
+            if not generation.buffer.complete:
+                text = "some of the kept bytes are damaged: 'streamfs unpersist' and 'streamfs evict' start it anew"
+                generation.buffer.fail(Damaged(text))
         elif generation.buffer.buffered and self._shows_what_a_cut_run_left():
             # Nobody can continue it: it is a finished generation, as one whose command was killed.
             text = "the run was cut short when streamfs was killed: 'streamfs evict' it for a new run"
@@ -402,13 +438,16 @@ class Stream:
             self._unread = trio.Event()
             await self._unread.wait()
 
-    async def verify(self) -> tuple[int, list[tuple[int, int]]]:
-        """Read every block on disk and drop those that are damaged; (blocks looked at, ranges that were damaged)."""
+    async def verify(self) -> Verified:
+        """Read every block on disk and drop those that are damaged."""
         async with self._opening:
             generation = self.generation or await self._revive()
+        index, self._index_damage = self._index_damage, None  # what it cost is as if it had never been there
         if generation is None:
-            return 0, []
-        return await trio.to_thread.run_sync(generation.buffer.verify, limiter=trio.CapacityLimiter(1))
+            return Verified(0, [], index)
+        verify = generation.buffer.verify
+        blocks, damaged = await trio.to_thread.run_sync(verify, limiter=trio.CapacityLimiter(1))
+        return Verified(blocks, damaged, index)
 
     # Persisting
 

@@ -29,6 +29,7 @@ from streamfs.engine.recording import Header, Recording
 from streamfs.errors import AlreadyExists, NotFound, SourceFailed
 from streamfs.home import Home
 from streamfs.spec import CommandSource, MountOptions, ShellSource, StreamSpec, UrlSource, from_json, to_json
+from tests.fakes import flip_byte
 from tests.test_control import Running
 
 PROGRAM = Path(sys.executable).with_name("streamfs")
@@ -237,7 +238,11 @@ def test_the_cache_is_shown_verified_evicted_and_removed_without_a_daemon(
     with open(home.cache / f"{ids['a']}-1.data", "r+b") as file:
         file.write(b"!")
     assert main(["verify"]) == 1
-    assert "DAMAGED  a" in capfd.readouterr().out
+    assert "DAMAGED  a  0 bytes are right; 5000 are damaged, at bytes 0-5000\n" in capfd.readouterr().out
+    flip_byte(home.cache / f"{ids['b']}-1.data.index", 40)
+    assert main(["verify", "b"]) == 1
+    assert "DAMAGED  b  5000 bytes are right; " in (told := capfd.readouterr().out)
+    assert "bytes of the index are damaged" in told
 
     assert "persisted" in fails("evict", "b", code=1, capfd=capfd)
     ok("evict", "--all", capfd=capfd)

@@ -272,9 +272,10 @@ def _verify(entry: Entry, recordings: Sequence[Path]) -> Row:
     recording = _load(entry, recordings)
     if recording is None:
         return {"name": entry.name, "ok": False, "detail": "the recording's index cannot be read"}
+    from streamfs.engine.ranges import RangeSet
     from streamfs.engine.recording import DamagedExtent
 
-    damaged = checked = 0
+    checked, damaged = 0, RangeSet()
     for start, stop in recording.present():
         for extent in recording.extents(start, stop):
             buffer = memoryview(bytearray(extent.stop - extent.start))
@@ -282,7 +283,12 @@ def _verify(entry: Entry, recordings: Sequence[Path]) -> Row:
                 recording.read([extent], buffer, wait=True)
                 checked += len(buffer)
             except DamagedExtent:
-                damaged += len(buffer)
+                damaged.add(extent.start, extent.stop)
+    said = [f"{checked} bytes are right"]
     if damaged:
-        return {"name": entry.name, "ok": False, "detail": f"{damaged} bytes are damaged, {checked} are right"}
-    return {"name": entry.name, "ok": True, "detail": f"{checked} bytes are right"}
+        places = [f"{start}-{stop}" for start, stop in damaged]
+        more = ", …" if len(places) > 4 else ""
+        said.append(f"{damaged.total} are damaged, at bytes {', '.join(places[:4])}{more}")
+    if recording.unread:
+        said.append(f"{recording.unread} bytes of the index are damaged or torn")
+    return {"name": entry.name, "ok": len(said) == 1, "detail": "; ".join(said)}

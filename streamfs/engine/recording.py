@@ -4,8 +4,9 @@ The data file holds every byte at its own offset in the stream, sparse where not
 append-only: a header that names the stream, the generation and its facts, and that counts only under the file's own
 name, then fixed-size entries. A DATA entry carries a CRC32C over key, generation, offset and data, so that no byte of
 another stream, version or place can be taken for this one; a DROP entry takes a range back; an END entry states the
-proven size. Each entry carries a checksum of its own, over key and generation too: loading stops at the first torn one
-and cuts the file there.
+proven size. Each entry carries a checksum of its own, over key and generation too: loading passes over those that do
+not check, torn or damaged. A lost DATA entry loses its bytes alone, and a lost DROP entry makes a claim that the
+checksum of the data refutes. Header and END are there twice, so that no single damaged byte costs more than a block.
 
 Nothing needs the order in which the kernel writes the two files: an entry whose data did not reach the disk fails
 its checksum when read. Only `complete` makes durable promises: it syncs the data and the folder, and then says END in
@@ -25,6 +26,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from crc32c import crc32c
@@ -111,6 +113,9 @@ class Recording:
         self._drops: deque[Extent] = deque()  # taken out of the table, not yet out of the index
         self.suspect = False
         """Whether it was loaded without a proof that its data reached the disk: to be verified before `complete`."""
+        self.unread = 0
+        """Bytes of the index that did not check when it was loaded: torn by a crash, or damaged."""
+        self._ragged = False  # the index has a bad tail behind the place for the next entry
         self.ahead = 0
         """Most bytes that sequential appends allocate past what is written, which makes them faster. The owner chooses,
         as disk space is taken by it."""
@@ -133,7 +138,7 @@ class Recording:
         # Two recordings of one name and generation are told apart, too, should blocks of a removed one show through.
         salt = os.urandom(_SALT)
         check = _header_check(path, salt + encoded)
-        _write_all(index.fd, _MAGIC + struct.pack("<II", len(encoded), check) + salt + encoded)
+        _write_all(index.fd, 2 * (_MAGIC + struct.pack("<II", len(encoded), check) + salt + encoded))
         return cls(data, index, header, path, salt)
 
     @classmethod
@@ -156,7 +161,8 @@ class Recording:
     def load(cls, path: Path) -> Recording | None:
         """The recording at `path`, as far as its index is whole; None where there is none that can be trusted.
 
-        Data is not read here: each extent is checked when it is read. Raises OSError where reading fails.
+        Data is not read here: each extent is checked when it is read. Nothing is changed before the first `append`.
+        Raises OSError where reading fails.
         """
         try:
             data = _File(path, os.O_RDWR)
@@ -164,26 +170,18 @@ class Recording:
         except FileNotFoundError:
             return None
         raw = _read_all(index.fd)
-        fixed = len(_MAGIC) + 8 + _SALT
-        older = raw.startswith(_OLDER_MAGIC)
-        if len(raw) < fixed or not (older or raw.startswith(_MAGIC)):
+        head = _read_head(path, raw, 0)
+        copies = 1 if raw.startswith(_OLDER_MAGIC) else 2
+        second = raw.find(_MAGIC, 1) if head is None else head.length
+        again = _read_head(path, raw, second) if copies == 2 else head
+        found = head or again
+        if found is None or second != found.length:
             return None
-        length, check = struct.unpack_from("<II", raw, len(_MAGIC))
-        encoded = raw[fixed : fixed + length]
-        salt = raw[fixed - _SALT : fixed]
-        if len(encoded) != length or check != (
-            crc32c(salt + encoded) if older else _header_check(path, salt + encoded)
-        ):
-            return None
-        try:
-            header = msgspec.json.decode(encoded, type=Header)
-        except msgspec.MsgspecError:
-            return None
-        recording = cls(data, index, header, path, salt)
-        good = recording._replay(raw, fixed + length)
-        if good != len(raw):
-            os.ftruncate(index.fd, good)
-            os.fsync(index.fd)  # or a power cut could bring the torn tail back behind what is appended next
+        recording = cls(data, index, found.header, path, found.salt)
+        if head is None or again is None:
+            recording.unread = found.length
+        good = recording._replay(raw, copies * found.length)
+        recording._ragged = good < len(raw)
         os.lseek(index.fd, good, os.SEEK_SET)
         if recording.durable:
             os.fsync(index.fd)  # the writer was perhaps killed between its last entry and this
@@ -194,12 +192,15 @@ class Recording:
         return recording
 
     def _replay(self, raw: bytes, position: int) -> int:
-        """Apply entries from `position`; returns the length of the good prefix."""
-        while position + _ENTRY.size <= len(raw):
-            offset, length, crc, kind, check = _ENTRY.unpack_from(raw, position)
+        """Apply the entries from `position` on; gives where the last good one ends."""
+        good, ended = position, False
+        self.unread += max(0, len(raw) - position)
+        for at in range(position, len(raw) - _ENTRY.size + 1, _ENTRY.size):
+            offset, length, crc, kind, check = _ENTRY.unpack_from(raw, at)
             if check != self._entry_check(offset, length, crc, kind):
-                break
-            self.durable = kind == _END
+                continue
+            good, ended = at + _ENTRY.size, kind == _END
+            self.unread -= _ENTRY.size
             if kind == _DATA:
                 self._remove(offset, offset + length)  # a drop may have gone unlogged
                 self.publish([Extent(offset, offset + length, crc)])
@@ -207,8 +208,9 @@ class Recording:
                 self._remove(offset, offset + length)
             elif kind == _END:
                 self.size = offset
-            position += _ENTRY.size
-        return position
+        # Entries that were passed over may have been of bytes that are claimed by none now.
+        self.durable = ended and sum(self._stops) - sum(self._starts) == self.size
+        return good
 
     # Writing
 
@@ -262,7 +264,7 @@ class Recording:
             _check_named(_index_path(self.path), self._index.fd)
             _sync_folder(self.path.parent)
             self.log_drops()
-            self._log([(size, 0, 0, _END)])
+            self._log(2 * [(size, 0, 0, _END)])
             os.fsync(self._index.fd)
         self.size = size
         self.durable = not self._drops  # a reader may have found damage meanwhile
@@ -281,6 +283,10 @@ class Recording:
             return
         packed = b"".join(_ENTRY.pack(*entry, self._entry_check(*entry)) for entry in entries)
         good = os.lseek(self._index.fd, 0, os.SEEK_CUR)
+        if self._ragged:
+            # No sync is needed: should a power cut bring the tail back, it does not check any better than it did.
+            os.ftruncate(self._index.fd, good)
+            self._ragged = False
         try:
             _write_all(self._index.fd, packed)
         except OSError:
@@ -412,6 +418,29 @@ def _damaged(extents: Sequence[Extent], offset: int) -> DamagedExtent:
     """The damage of the whole extent that holds `offset`."""
     extent = next(e for e in extents if e.start <= offset < e.stop)
     return DamagedExtent(extent.start, extent.stop)
+
+
+class _Head(NamedTuple):
+    header: Header
+    salt: bytes
+    length: int  # of the whole head in the index
+
+
+def _read_head(path: Path, raw: bytes, at: int) -> _Head | None:
+    """The head at `at` in the index; None where there is none that checks."""
+    fixed = at + len(_MAGIC) + 8 + _SALT
+    older = at == 0 and raw.startswith(_OLDER_MAGIC)
+    if at < 0 or len(raw) < fixed or not (older or raw.startswith(_MAGIC, at)):
+        return None
+    length, check = struct.unpack_from("<II", raw, at + len(_MAGIC))
+    salt, encoded = raw[fixed - _SALT : fixed], raw[fixed : fixed + length]
+    expected = crc32c(salt + encoded) if older else _header_check(path, salt + encoded)
+    if len(encoded) != length or expected != check:
+        return None
+    try:
+        return _Head(msgspec.json.decode(encoded, type=Header), salt, fixed + length - at)
+    except msgspec.MsgspecError:
+        return None
 
 
 def _header_check(path: Path, content: bytes) -> int:
