@@ -38,7 +38,7 @@ BLOCK = 64 * 1024
 64 KiB cost some 10 microseconds, and a GiB takes 512 KiB of index."""
 
 _MAGIC = b"streamfs recording 3\n"
-_OLDER_MAGIC = b"streamfs recording 2\n"  # its head is not bound to the file's name; read, and never made
+_OLDER_MAGIC = b"streamfs recording 2\n"  # one head, not bound to the file's name; read, and never made
 _SALT = 8  # random bytes in the head of each index
 _ENTRY = struct.Struct("<QQIII4x")  # offset, length, CRC of the data, kind, CRC of the entry
 _DATA, _DROP, _END = 1, 2, 3
@@ -171,16 +171,16 @@ class Recording:
             return None
         raw = _read_all(index.fd)
         head = _read_head(path, raw, 0)
-        copies = 1 if raw.startswith(_OLDER_MAGIC) else 2
+        older = head is not None and raw.startswith(_OLDER_MAGIC)
         second = raw.find(_MAGIC, 1) if head is None else head.length
-        again = _read_head(path, raw, second) if copies == 2 else head
+        again = head if older else _read_head(path, raw, second)
         found = head or again
         if found is None or second != found.length:
             return None
         recording = cls(data, index, found.header, path, found.salt)
         if head is None or again is None:
             recording.unread = found.length
-        good = recording._replay(raw, copies * found.length)
+        good = recording._replay(raw, found.length if older else 2 * found.length)
         recording._ragged = good < len(raw)
         os.lseek(index.fd, good, os.SEEK_SET)
         if recording.durable:

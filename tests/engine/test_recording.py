@@ -128,7 +128,7 @@ def test_a_torn_tail_of_zeros_or_noise_is_no_entry_and_the_next_takes_its_place(
 
 
 def test_a_flipped_bit_anywhere_in_the_index_costs_one_block_at_most(path):
-    """And is told, but for the bytes that mean nothing."""
+    """And is told, but for the bytes that mean nothing. One of them makes the head that of an older format."""
     whole(path)
     raw = index_of(path).read_bytes()
     head = len(raw) - ENTRIES * ENTRY
