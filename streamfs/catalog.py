@@ -16,7 +16,7 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
@@ -45,6 +45,7 @@ from streamfs.spec import (
     check_name,
     check_spec,
     from_json,
+    is_name,
     numbered,
     to_json,
 )
@@ -135,6 +136,75 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         }
 
 
+class Entries:
+    """Entries by id. Those that the file held are decoded when somebody first asks for them: of many, most are never
+    asked for, and all of them take seconds. Asking for one raises Damaged where its row makes no sense."""
+
+    def __init__(self, rows: Iterable[_Row] = (), decode: Callable[[_Row], Entry] | None = None) -> None:
+        self._held: dict[int, _Row | Entry] = {row[0]: row for row in rows}
+        self._decode_row = decode
+
+    def _decode(self, row: _Row) -> Entry:
+        assert self._decode_row is not None, "without rows"
+        return self._decode_row(row)
+
+    def __getitem__(self, stream_id: int) -> Entry:
+        held = self._held[stream_id]
+        if isinstance(held, tuple):
+            held = self._held[stream_id] = self._decode(held)
+        return held
+
+    def __setitem__(self, stream_id: int, entry: Entry) -> None:
+        self._held[stream_id] = entry
+
+    def __contains__(self, stream_id: int) -> bool:
+        return stream_id in self._held
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, stream_id: int) -> Entry | None:
+        return self[stream_id] if stream_id in self._held else None
+
+    def discard(self, stream_id: int) -> None:
+        self._held.pop(stream_id, None)
+
+    def values(self) -> list[Entry]:
+        """All but those whose rows make no sense."""
+        found = []
+        for stream_id in list(self._held):
+            with contextlib.suppress(Damaged):
+                found.append(self[stream_id])
+        return found
+
+    def names(self) -> Iterator[tuple[int, bytes, float]]:
+        """(id, name, when it was added) of each, in the order they were read. Decodes nothing; raises Damaged for a
+        name that no stream can have."""
+        for held in self._held.values():
+            if isinstance(held, tuple):
+                if not is_name(held[1]):
+                    self._decode(held)
+                yield held[0], held[1], held[4]
+            else:
+                yield held.id, _key(held.name), held.added
+
+    def look(self, stream_id: int) -> Entry | None:
+        """As `get`, without keeping what is decoded for it."""
+        held = self._held.get(stream_id)
+        return self._decode(held) if isinstance(held, tuple) else held
+
+    def to_be_kept(self) -> list[Entry]:
+        """Those that are persisted."""
+        return [self[stream_id] for stream_id, held in list(self._held.items()) if _is_kept(held)]
+
+
+def _is_kept(held: _Row | Entry) -> bool:
+    return bool(held[5]) if isinstance(held, tuple) else held.persist
+
+
 class Registered(NamedTuple):
     """What became of one entry of an import. `wanted`: the name it came with."""
 
@@ -193,6 +263,12 @@ class Catalog:
                 (key, len(key), key),
             ).fetchall()
         return [_name(row[0]) for row in rows]
+
+    def entries(self) -> Entries:
+        """All of them, in the order of the names' bytes, decoded when they are needed."""
+        with self._guard, self._errors():
+            rows = self._database.execute(f"SELECT {_COLUMNS} FROM streams ORDER BY name").fetchall()
+        return Entries(rows, self._entry)
 
     def get(self, name: str) -> Entry:
         """The stream `name`. Raises NotFound."""

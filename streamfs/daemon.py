@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import resource
@@ -187,6 +188,7 @@ async def _filesystem(home: Home, options: MountOptions) -> AsyncIterator[FileSy
             nursery.start_soon(cache.run)
             try:
                 filesystem.load()
+                gc.freeze()  # what was loaded stays: with many streams, each look at it for garbage would take long
                 yield filesystem
             finally:
                 await filesystem.aclose()

@@ -20,10 +20,11 @@ import trio
 
 from streamfs import xattrs
 from streamfs.cache import Cache
-from streamfs.catalog import Catalog, Entry, Registered
+from streamfs.catalog import Catalog, Entries, Entry, Registered
 from streamfs.errors import (
     AlreadyExists,
     Closed,
+    Damaged,
     InvalidRequest,
     IsDirectory,
     NameTooLong,
@@ -52,6 +53,8 @@ PROBES_AT_START = 256
 mounting it costs no host a flood."""
 SHOWN_AT_ONCE = 200
 """Streams of a list that are shown in one go: some milliseconds in which nobody else is served."""
+LOOK_STEP = 64
+"""Entries decoded at a time after the start: well under a millisecond of the event loop."""
 CLOSE_WITHIN = 4.0
 """Seconds all streams together have to give back connections and processes at the end."""
 
@@ -116,7 +119,7 @@ class FileSystem:
         self._make_source = make_source
         self._context = Context(nursery, cache, read_ahead, self._remember)
         self._tree = Tree()
-        self._entries: dict[int, Entry] = {}
+        self._entries = Entries()
         self._streams: dict[int, Stream] = {}  # made when first needed
         self._removed: dict[int, Stream] = {}  # gone from the catalogue, but still open
         self._handles: dict[int, tuple[Handle, File]] = {}
@@ -130,22 +133,37 @@ class FileSystem:
 
     def load(self) -> None:
         """Show what the catalogue holds, and go on with what is to be persisted. Blocks shortly; raises as Catalog."""
-        entries = self._catalog.all()
-        for entry in entries:
-            self._entries[entry.id] = entry
-            self._tree.add(entry, when=entry.added)
+        self._entries = self._catalog.entries()
+        self._tree.load(self._entries.names())
         for folder in self._catalog.folders():
             self._tree.add_folder(folder, when=self._started)
         self._cache.scan(self._entries)
-        for entry in entries:
-            if entry.persist:
-                self._stream(entry.id).set_entry(entry)
+        for entry in self._entries.to_be_kept():
+            self._stream(entry.id).set_entry(entry)
+        self._in_background(self._look_through)
+
+    async def _look_through(self) -> None:
+        """Start what is to be started without anybody asking; tell of what is damaged. Decodes each entry, so that
+        it is done beside everything else."""
+        unprobed: list[int] = []
+        for count, stream_id in enumerate(list(self._entries)):
+            if count % LOOK_STEP == 0:
+                await trio.lowlevel.checkpoint()
+            try:
+                entry = self._entries.look(stream_id)
+            except Damaged as error:
+                log.error("%s", error)
+                continue
+            if entry is None:
+                continue  # removed meanwhile
             if entry.spec.options.eager:
-                self._in_background(self._start_eagerly, self._stream(entry.id))
-        unprobed = [e for e in entries if e.probed is None and _wants_probe(e.spec)]
+                self._in_background(self._start_eagerly, self._stream(stream_id))
+            if entry.probed is None and _wants_probe(entry.spec):
+                unprobed.append(stream_id)
         if len(unprobed) <= PROBES_AT_START:
-            for entry in unprobed:
-                self._in_background(self._probe, self._stream(entry.id))
+            for stream_id in unprobed:
+                if stream_id in self._entries:
+                    self._in_background(self._probe, self._stream(stream_id))
 
     # Looking
 
@@ -495,7 +513,7 @@ class FileSystem:
 
     def evict_all(self) -> None:
         """Drop all cached bytes but those of persisted streams."""
-        for entry in list(self._entries.values()):
+        for entry in self._entries.values():
             if not entry.persist and (entry.id in self._streams or self._cache.has_dormant(entry.id)):
                 self.evict(entry.name)
 
@@ -506,7 +524,7 @@ class FileSystem:
     async def verify(self, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
         """Check every cached block of the streams (None: of all) that are on disk; damaged ones are dropped.
         Gives {"name", "ok", "detail"} for each."""
-        entries = list(self._entries.values()) if names is None else [self.named(name) for name in names]
+        entries = self._entries.values() if names is None else [self.named(name) for name in names]
         return [await self._verified(entry) for entry in entries]
 
     async def _verified(self, entry: Entry) -> dict[str, Any]:
@@ -595,7 +613,7 @@ class FileSystem:
 
     def _drop(self, entry: Entry, *, keep_folders: bool = False) -> None:
         """The catalogue has forgotten the entry: so do we, but for those who have it open."""
-        self._entries.pop(entry.id, None)
+        self._entries.discard(entry.id)
         self._tree.remove(entry.id, keep_folders=keep_folders)
         self._let_go_eager(entry.id)
         stream = self._streams.pop(entry.id, None)

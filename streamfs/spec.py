@@ -284,6 +284,8 @@ _URL_ONLY = (
 )
 _COMMAND_ONLY = ("cwd", "env")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_NAME_PART = rb"(?!\.{1,2}(?:/|\Z))[^/\0]{1,255}"
+_NAME = re.compile(rb"%b(?:/%b)*" % (_NAME_PART, _NAME_PART))
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # all but the tab
 
 
@@ -308,6 +310,11 @@ def check_name(name: str) -> str:
         if len(part) > NAME_PART_BYTES:
             raise NameTooLong(f"a part of the name {name[:40]!r}… is longer than {NAME_PART_BYTES} bytes")
     return name
+
+
+def is_name(raw: bytes) -> bool:
+    """Whether `check_name` lets the name of these bytes pass; several times as fast."""
+    return len(raw) <= NAME_BYTES and _NAME.fullmatch(raw) is not None
 
 
 def numbered(name: str) -> Iterator[str]:

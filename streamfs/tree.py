@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Iterable
 from typing import TypeAlias
 
 from streamfs.catalog import Entry
@@ -113,6 +114,18 @@ class Tree:
         file.folder, file.name = at, last
         if was is not None and (was, name) != (at, last):
             self._clear(was, name, keep_folders)  # after the new name is there, so that a folder they share stays
+
+    def load(self, names: Iterable[tuple[int, bytes, float]]) -> None:
+        """`add` for the streams of a catalogue, (id, name, since when) in the order of names, none of which is there
+        yet: several times as fast."""
+        known, at = b"", self.root
+        for stream_id, name, when in names:
+            folder, _, last = name.rpartition(b"/")
+            if folder != known:
+                known, (at, _) = folder, self._place(os.fsdecode(name), when)
+            file = self._nodes[stream_id] = self._files[stream_id] = at.children[last] = File(stream_id, stream_id)
+            file.folder, file.name = at, last
+            at.modified = max(at.modified, when)
 
     def add_folder(self, path: str, *, when: float | None = None) -> Folder:
         """Show a folder that stays without streams. No stream may have its name, or a part of it."""
