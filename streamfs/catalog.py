@@ -185,7 +185,7 @@ class Entries:
         name that no stream can have."""
         for held in self._held.values():
             if isinstance(held, tuple):
-                if not is_name(held[1]):
+                if not (isinstance(held[1], bytes) and is_name(held[1])):
                     self._decode(held)
                 yield held[0], held[1], held[4]
             else:

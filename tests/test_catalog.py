@@ -529,3 +529,33 @@ class AgainstADict(RuleBasedStateMachine):
 
 TestAgainstADict = AgainstADict.TestCase
 TestAgainstADict.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+def test_entries_are_decoded_when_they_are_needed_and_a_damaged_row_harms_no_other(path: Path) -> None:
+    with Catalog(path) as catalog:
+        good, bad, kept = catalog.add_many([spec("good"), spec("bad"), spec("kept")])
+        catalog.set_persist(kept.id, True)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE streams SET source = '[' WHERE id = ?", (bad.id,))
+    with Catalog(path) as catalog:
+        entries = catalog.entries()
+    assert [name for _, name, _ in entries.names()] == [b"bad", b"good", b"kept"]
+    assert entries[good.id] == entries.get(good.id) == entries.look(good.id) == good
+    assert [entry.id for entry in entries.to_be_kept()] == [kept.id]
+    assert [entry.id for entry in entries.values()] == [good.id, kept.id]
+    with pytest.raises(Damaged, match="DELETE FROM streams"):
+        entries.get(bad.id)
+    assert bad.id in entries
+    entries.discard(bad.id)
+    assert list(entries) == [good.id, kept.id]
+    assert entries.get(bad.id) is None
+
+
+@pytest.mark.parametrize("name", ["text", b"../x", b"a//b", b"", b"a\0", b"x" * 256])
+def test_a_name_that_no_stream_can_have_is_refused_when_it_is_loaded(name: bytes | str, path: Path) -> None:
+    with Catalog(path) as catalog:
+        catalog.add(spec("it"))
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE streams SET name = ?", (name,))
+    with Catalog(path) as catalog, pytest.raises(Damaged, match="DELETE FROM streams"):
+        list(catalog.entries().names())

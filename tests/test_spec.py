@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamfs.errors import InvalidRequest, NameTooLong
+from streamfs.errors import InvalidRequest, NameTooLong, StreamfsError
 from streamfs.spec import (
     CommandSource,
     MountOptions,
@@ -20,6 +20,7 @@ from streamfs.spec import (
     check_spec,
     check_url,
     from_json,
+    is_name,
     parse_duration,
     parse_size,
     parse_window,
@@ -247,3 +248,14 @@ def test_the_defaults_of_a_mount_are_the_documented_ones() -> None:
     options = MountOptions()
     assert (options.memory, options.spill_threshold, options.cache_size) == (256 << 20, 5 << 20, 10 << 30)
     assert (options.ttl, options.read_ahead, options.allow_other, options.cache_dir) == (3600, 8 << 20, False, None)
+
+
+@given(st.lists(st.sampled_from([b"a", b".", b"/", b"\0", b"\xff", b"x" * 255, b"..", "é".encode()]), max_size=6))
+def test_the_fast_look_at_a_name_agrees_with_the_careful_one(parts: list[bytes]) -> None:
+    raw = b"".join(parts)
+    try:
+        check_name(raw.decode("utf-8", "surrogateescape"))
+    except StreamfsError:
+        assert not is_name(raw)
+    else:
+        assert is_name(raw)

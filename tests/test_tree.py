@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,3 +150,20 @@ def test_paths_are_those_of_the_catalogue_bytes_and_all() -> None:
     assert tree.path_of(folder, b"\xff\xc3\xa9") == name
     assert tree.path_of(tree.root, b"x") == "x"
     assert tree.root.inode == ROOT
+
+
+def test_a_whole_catalogue_is_shown_as_if_each_stream_had_been_added() -> None:
+    names = sorted(["x", "a/y", "a/b/z", "a/b/w", "b/x", "é/a", "a.b/c"], key=os.fsencode)
+    entries = [Entry(id=number, spec=spec_of(name), added=float(number)) for number, name in enumerate(names, 2)]
+    one_by_one, at_once = Tree(), Tree()
+    for each in entries:
+        one_by_one.add(each, when=each.added)
+    at_once.load((each.id, os.fsencode(each.name), each.added) for each in entries)
+    assert shape(at_once) == shape(one_by_one)
+    for name in (b"a", b"b", "é".encode()):
+        folders = [tree.child(tree.root, name) for tree in (one_by_one, at_once)]
+        seen = {(folder.modified, folder.folders) for folder in folders if isinstance(folder, Folder)}
+        assert len(seen) == 1
+    at_once.remove(2)
+    at_once.add(Entry(id=3, spec=spec_of("moved/there"), added=0.0))
+    assert shape(at_once)["moved"] == {"there": 3}
