@@ -117,14 +117,27 @@ class Disk:
         if flags & os.O_CREAT:
             self._count()
         fd = real(*arguments)
+        self.opened(path, fd)
+        return fd
+
+    def opened(self, path: Path, fd: int) -> None:
+        """A call has opened `path`, which is the folder or in it; whatever was not there was made."""
         if path == self.folder:
             self._opened[fd] = None
-        else:
-            if path.name not in self._names:
-                self._names[path.name] = _File()
-                self._pending.append((path.name, self._names[path.name]))
-            self._opened[fd] = self._names[path.name]
-        return fd
+            return
+        if path.name not in self._names:
+            self._names[path.name] = _File()
+            self._pending.append((path.name, self._names[path.name]))
+        self._opened[fd] = self._names[path.name]
+
+    def called(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
+        """A call was made by somebody else: for a trace that is played back. `write` is not among them."""
+        if name == "unlink" or arguments[0] in self._opened:
+            self.calls += 1
+            self._note(name, arguments, 0, result)
+
+    def closed(self, fd: int) -> None:
+        self._opened.pop(fd, None)
 
     def _note(self, name: str, arguments: tuple[Any, ...], position: int, result: Any) -> None:
         if name == "unlink":

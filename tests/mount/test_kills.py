@@ -110,7 +110,7 @@ class Home:
         self.run.with_name("next").replace(self.run)
         for name in ("command", "kept-command"):
             (self.truth / f"{name}.{self.runs}").write_bytes(data)
-            (self.truth / f"{name}.{self.runs - 3}").unlink(missing_ok=True)
+            (self.truth / f"{name}.{self.runs - 8}").unlink(missing_ok=True)
 
     def versions(self, name: str) -> list[bytes]:
         return [path.read_bytes() for path in sorted(self.truth.glob(f"{name}.*"))]
