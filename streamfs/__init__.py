@@ -11,7 +11,7 @@ stream        one registered stream: current version, opening, persist
 generation    one version of its bytes, and the fetches that fill it
 catalog       the registered streams, on SQLite
 importing     lists of streams: feeds fetched, what may be in them     manifests: every format read and written
-config        the configuration file: defaults of hosts and folders     options: as people write them     tomllines
+settings, config    the configuration file, followed and read           options: as people write them     tomllines
 cache         what is kept and what goes: memory, disk, age
 sources       where bytes come from: commands, files, HTTP and its kin
 board         what the daemon shows in a memory-mapped file, for any program to read

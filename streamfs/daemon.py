@@ -26,12 +26,14 @@ import streamfs
 from streamfs import logs, mounting, mounts
 from streamfs.cache import Cache
 from streamfs.catalog import Catalog
+from streamfs.config import FILE_NAME, load
 from streamfs.control.server import Handler, listen, serve
 from streamfs.errors import Busy, InvalidRequest, StreamfsError
 from streamfs.filesystem import FileSystem
 from streamfs.home import Home, HomeLock, secure_directory
 from streamfs.interrupts import Interrupts
 from streamfs.notify import Notifier
+from streamfs.settings import Settings
 from streamfs.sources import Transports, make_source
 from streamfs.spec import IfTaken, MountOptions, Registration, StreamSpec
 from streamfs.watchdog import Watchdog
@@ -167,6 +169,7 @@ async def _filesystem(home: Home, options: MountOptions) -> AsyncIterator[FileSy
     if directory != home.cache:
         secure_directory(directory, tighten=False)
         _check_private(directory)
+    settings = Settings(home.config / FILE_NAME)
     with Catalog(home.catalog_path) as catalog:
         async with Transports() as transports, trio.open_nursery() as nursery:
             filesystem: FileSystem
@@ -184,6 +187,7 @@ async def _filesystem(home: Home, options: MountOptions) -> AsyncIterator[FileSy
                 nursery,
                 make_source=lambda spec: make_source(spec, transports),
                 read_ahead=options.read_ahead,
+                settings=settings,
             )
             nursery.start_soon(cache.run)
             try:
@@ -426,7 +430,7 @@ def save_offline(
     `progress` gets (bytes so far, size or None). Raises StreamfsError, or what `write` raises."""
 
     async def save() -> None:
-        async with _filesystem(home, MountOptions()) as filesystem:
+        async with _filesystem(home, load(home.config / FILE_NAME).mount_options()) as filesystem:
             opened = await filesystem.open_named(name)
             position = 0
             while piece := await filesystem.read(opened.handle, position, SAVE_STEP):

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import trio
 
 from streamfs import xattrs
@@ -37,6 +38,7 @@ from streamfs.errors import (
     StreamfsError,
 )
 from streamfs.generation import Context
+from streamfs.settings import Settings
 from streamfs.sources.base import Facts, Source
 from streamfs.spec import NAME_PART_BYTES, IfTaken, Registration, StreamSpec, UrlSource, check_name, check_url
 from streamfs.stream import Handle, Stream
@@ -111,13 +113,18 @@ class FileSystem:
         *,
         make_source: Callable[[StreamSpec], Source],
         read_ahead: int,
+        settings: Settings | None = None,
     ) -> None:
-        """`read_ahead` in bytes. Fetches, probes and persisting run in `nursery`."""
+        """`read_ahead` in bytes. `settings`: what streams get besides their own options. Fetches, probes and persisting
+        run in `nursery`."""
         self._catalog = catalog
         self._cache = cache
         self._nursery = nursery
         self._make_source = make_source
-        self._context = Context(nursery, cache, read_ahead, self._remember)
+        self._settings = settings
+        self._context = Context(
+            nursery, cache, read_ahead, self._remember, settings, make_source if settings is not None else None
+        )
         self._tree = Tree()
         self._entries = Entries()
         self._streams: dict[int, Stream] = {}  # made when first needed
@@ -156,9 +163,10 @@ class FileSystem:
                 continue
             if entry is None:
                 continue  # removed meanwhile
-            if entry.spec.options.eager:
+            spec = self._effective(entry.spec)
+            if spec.options.eager:
                 self._in_background(self._start_eagerly, self._stream(stream_id))
-            if entry.probed is None and _wants_probe(entry.spec):
+            if entry.probed is None and _wants_probe(spec):
                 unprobed.append(stream_id)
         if len(unprobed) <= PROBES_AT_START:
             for stream_id in unprobed:
@@ -253,7 +261,9 @@ class FileSystem:
             entry = self._entries.get(stream_id)
             if entry is None:
                 raise NotFound("the stream was removed")
-            stream = self._streams[stream_id] = Stream(entry, self._make_source(entry.spec), self._context)
+            stream = self._streams[stream_id] = Stream(
+                entry, self._make_source(self._effective(entry.spec)), self._context
+            )
         return stream
 
     # Files
@@ -369,21 +379,41 @@ class FileSystem:
 
     async def add(self, specs: Iterable[StreamSpec], *, replace: bool = False, probe: bool = True) -> list[Entry]:
         """Register streams, all or none; they show at once. Raises as Catalog.add_many."""
+        await self._look_at_settings()
         entries = await self._change(self._catalog.add_many, list(specs), replace)
+        fresh = [entry for entry in entries if entry.id not in self._entries]
         for entry in entries:
             self._show(entry, probe=probe and entry.probed is None)
+        for entry in fresh:
+            if self._persists(entry.spec):
+                await self._persist(entry.id, True)
         return entries
+
+    async def _look_at_settings(self) -> None:
+        if self._settings is not None:
+            await self._settings.refresh()
+
+    def _effective(self, spec: StreamSpec) -> StreamSpec:
+        return spec if self._settings is None else self._settings.effective(spec)
+
+    def _persists(self, spec: StreamSpec) -> bool:
+        return self._settings is not None and self._settings.config.persists(spec)
 
     async def register(
         self, items: Iterable[Registration], taken: IfTaken, *, probe: bool = False, dry_run: bool = False
     ) -> list[Registered]:
         """Register the streams of a list, all or none; they show at once. `probe`: ask the sources of those that are
         new. Raises as Catalog.register."""
+        await self._look_at_settings()
+        items = [
+            msgspec.structs.replace(item, persist=self._persists(item.spec)) if item.persist is None else item
+            for item in items
+        ]
         method = functools.partial(self._catalog.register, dry_run=dry_run)
         # As `_change`; and nobody else changes the catalogue before all of it shows, which is done step by step.
         with trio.CancelScope(shield=True):
             async with self._catalog_turn:
-                done = await trio.to_thread.run_sync(method, list(items), taken, limiter=trio.CapacityLimiter(1))
+                done = await trio.to_thread.run_sync(method, items, taken, limiter=trio.CapacityLimiter(1))
                 shown = [] if dry_run else [one.entry for one in done if one.outcome not in ("unchanged", "skipped")]
                 for number, entry in enumerate(shown, 1):
                     self._show(entry, probe=probe)
@@ -400,9 +430,10 @@ class FileSystem:
         self._tree.add(entry)
         if entry.persist:
             self._stream(entry.id).set_entry(entry)
-        if probe and _wants_probe(entry.spec):
+        spec = self._effective(entry.spec)
+        if probe and _wants_probe(spec):
             self._in_background(self._probe, self._stream(entry.id))
-        if entry.spec.options.eager:
+        if spec.options.eager:
             self._in_background(self._start_eagerly, self._stream(entry.id))
 
     async def link(self, parent: int, name: bytes, target: bytes) -> Attributes:
@@ -501,7 +532,7 @@ class FileSystem:
 
     async def _persist(self, stream_id: int, on: bool) -> None:
         entry = self._entries.get(stream_id)
-        if on and entry is not None and entry.spec.options.window is not None:
+        if on and entry is not None and self._effective(entry.spec).options.window is not None:
             raise InvalidRequest(f"{entry.name!r} keeps only a window of its past: its whole cannot be persisted")
         self._replace_entry(await self._change(self._catalog.set_persist, stream_id, on))
 

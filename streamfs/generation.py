@@ -26,8 +26,9 @@ from streamfs.engine.pool import LARGE
 from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.engine.state import again
 from streamfs.errors import NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError, told
+from streamfs.settings import Settings
 from streamfs.sources.base import Body, Facts, Source
-from streamfs.spec import parse_window
+from streamfs.spec import StreamSpec, parse_window
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,10 @@ class Context:
     read_ahead: int  # bytes
     remember: Callable[[int, Facts], None]
     """Told (stream id, facts) whenever a source said something new; must not block."""
+    settings: Settings | None = None
+    """Defaults from the configuration file; None: there are none."""
+    make_source: Callable[[StreamSpec], Source] | None = None
+    """Called when the configuration gives a stream other options; None: its source stays what it is."""
     closing: bool = False
     """The daemon ends: commands that ignore SIGTERM are not waited for."""
 
@@ -101,6 +106,9 @@ class Owner(Protocol):
     def key(self) -> str: ...
 
     @property
+    def spec(self) -> StreamSpec: ...
+
+    @property
     def is_url(self) -> bool: ...
 
     def changed(self, generation: Generation, why: SourceChanged) -> None: ...
@@ -133,7 +141,7 @@ class Generation:
         self._sha256 = None if recording is None else _kept_digest(recording)
         self._body: Body | None = None  # of the latest fetch that runs
         self.end_proven = True
-        window = stream.entry.spec.options.window
+        window = stream.spec.options.window
         self._window = Window(window) if window is not None and not facts.ranged else None
         self._fetch_ended = trio.Event()  # replaced each time
         self._left = 0.0  # trio's time when the last handle was closed

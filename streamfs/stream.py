@@ -34,7 +34,7 @@ from streamfs.errors import (
 )
 from streamfs.generation import Context, Generation, State
 from streamfs.sources.base import Body, Facts, Source
-from streamfs.spec import UrlSource
+from streamfs.spec import StreamSpec, UrlSource
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +163,8 @@ class Stream:
         self.entry = entry
         self.source = source
         self.context = context
+        self._made_for = self.spec  # what `source` was made of
+        self._old_sources: list[Source] = []  # whose bodies may still be read
         self.generation: Generation | None = None
         self._error: StreamfsError | None = None
         self._orphans: list[Generation] = []  # evicted or removed, but still read
@@ -188,6 +190,23 @@ class Stream:
         self._error = None if error is None else told(error)
 
     @property
+    def spec(self) -> StreamSpec:
+        """What it was registered with, and the defaults that the configuration has for it."""
+        settings = self.context.settings
+        return self.entry.spec if settings is None else settings.effective(self.entry.spec)
+
+    async def _follow_settings(self) -> None:
+        """See to it that the source asks with the options that count now."""
+        if self.context.settings is None:
+            return
+        await self.context.settings.refresh()
+        spec = self.spec
+        if self.context.make_source is not None and _asking(spec) != _asking(self._made_for):
+            self._old_sources.append(self.source)
+            self.source = self.context.make_source(spec)
+        self._made_for = spec
+
+    @property
     def key(self) -> str:
         """Names the stream and its source in recordings: another source under the same id is another key."""
         source = msgspec.json.encode([msgspec.to_builtins(self.entry.spec.source), self.entry.spec.options.transforms])
@@ -207,6 +226,7 @@ class Stream:
         with trio.CancelScope() as scope:
             self._opens.add(scope)
             try:
+                await self._follow_settings()
                 handle = await self._open_in_turn(time.monotonic())
             finally:
                 self._opens.discard(scope)
@@ -214,9 +234,9 @@ class Stream:
         if scope.cancelled_caught:
             raise again(self._ended or Closed("streamfs is shutting down"))
         generation = handle.generation
-        if self.entry.spec.options.size_policy == "wait" and handle.incoming:
+        if self.spec.options.size_policy == "wait" and handle.incoming:
             try:
-                await generation.fetch_all(self.entry.spec.stall_timeout or WAIT_FOR_END)
+                await generation.fetch_all(self.spec.stall_timeout or WAIT_FOR_END)
             except BaseException:
                 handle.close()
                 raise
@@ -366,6 +386,7 @@ class Stream:
     async def probe(self) -> None:
         """Ask the source for its facts, for the catalogue. Never raises StreamfsError: `error` tells."""
         try:
+            await self._follow_settings()
             self._learned(await self.source.probe())
             self.error = None
         except StreamfsError as error:
@@ -604,7 +625,8 @@ class Stream:
             self.context.cache.leave(generation, unlink=generation in self._orphans or not self._is_worth_keeping())
             generation.buffer.close()
         self.generation = None
-        await self.source.aclose()
+        for source in (*self._old_sources, self.source):
+            await source.aclose()
 
     def _is_worth_keeping(self) -> bool:
         generation = self.generation
@@ -613,3 +635,8 @@ class Stream:
         recording = generation.buffer.recording
         was_whole = self.entry.persist and recording is not None and recording.size is not None
         return generation.settled or generation.facts.ranged or was_whole
+
+
+def _asking(spec: StreamSpec) -> StreamSpec:
+    """What of a specification its source is made of: all but the name."""
+    return msgspec.structs.replace(spec, name="")

@@ -35,18 +35,23 @@ def statements(text: str) -> Iterator[tuple[int, bool, Path]]:
 
 
 def line_of(text: str, path: Path, occurrence: int = 1) -> int | None:
-    """The line of the key or header `path` (its n-th `occurrence`), or of the nearest that stands above it; None where
-    neither is found. `text` is a valid TOML document."""
-    best: tuple[int, int] | None = None
+    """The line of the key or header `path` (its n-th `occurrence`); else of what makes it by the way, or the nearest
+    that it stands in; None where none is found. `text` is a valid TOML document."""
+    best: tuple[int, int] | None = None  # how close, line
     seen = 0
     for line, _, found in statements(text):
         if found == path:
             seen += 1
             if seen == occurrence:
                 return line
-        common = len(found)
-        if found == path[:common] and (best is None or common > best[0]):
-            best = (common, line)
+        if found[: len(path)] == path:
+            close = len(path)
+        elif path[: len(found)] == found:
+            close = len(found)
+        else:
+            continue
+        if best is None or close > best[0]:
+            best = close, line
     return None if best is None else best[1]
 
 

@@ -5,6 +5,7 @@
     registry.py  the same questions to a running daemon, or without one to the catalogue itself
     register.py  add, rm, mv, persist, unpersist
     lists.py     import, export
+    configure.py config
     show.py      ls, status
     mount.py     mount, umount
     keep.py      save, evict, verify

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from streamfs.cli.completion import COMPLETION_VARIABLE, completion
+from streamfs.cli.configure import config
 from streamfs.cli.doctor import doctor
 from streamfs.cli.keep import evict, save, verify
 from streamfs.cli.lists import export, import_
@@ -56,6 +57,7 @@ for command in (
     save,
     evict,
     verify,
+    config,
     logs,
     systemd,
     doctor,

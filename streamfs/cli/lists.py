@@ -125,16 +125,18 @@ def _gathered(source: str, rules: Rules) -> Found:
     import trio
 
     from streamfs import importing
+    from streamfs.config import FILE_NAME, load
     from streamfs.sources import Transports, make_source
+
+    config = load(Home.open().config / FILE_NAME)
 
     async def gather(told: Progress) -> Found:
         async with Transports() as transports:
 
             def opener(url: str) -> Source:
                 options = StreamOptions(allow_private=rules.allow_private)
-                return make_source(
-                    StreamSpec(name="list", source=UrlSource(check_url(url)), options=options), transports
-                )
+                spec = StreamSpec(name="list", source=UrlSource(check_url(url)), options=options)
+                return make_source(config.effective(spec), transports)
 
             if _is_url(source):
                 data, base = await importing.download(opener, source)

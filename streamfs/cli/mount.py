@@ -13,6 +13,7 @@ import msgspec
 from streamfs import mounts
 from streamfs.cli import types
 from streamfs.cli.registry import connect
+from streamfs.config import FILE_NAME, Config, load
 from streamfs.control import Client
 from streamfs.errors import Busy, InvalidRequest, StreamfsError, Unreachable
 from streamfs.home import Home
@@ -26,7 +27,7 @@ _LOOK = 0.05  # seconds between two looks at the mount table, which tells nobody
 @click.command()
 @click.argument("mountpoint", type=types.DIRECTORY)
 @click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
-@click.option("--allow-other", is_flag=True, help="Let other users read the mount.")
+@click.option("--allow-other", is_flag=True, default=None, help="Let other users read the mount.")
 @click.option("--memory", type=types.SIZE, help="Memory for the bytes of all streams. [default: 256MiB]")
 @click.option(
     "--spill-threshold", type=types.SIZE, help="A stream with more than this moves to the cache. [default: 5MiB]"
@@ -37,7 +38,7 @@ _LOOK = 0.05  # seconds between two looks at the mount table, which tells nobody
 )
 @click.option("--ttl", type=types.DURATION, help="How long unused bytes are kept. [default: 1h]")
 @click.option("--read-ahead", type=types.SIZE, help="How far to fetch past the furthest reader. [default: 8MiB]")
-@click.option("--read-only", is_flag=True, help="Refuse rm, mv and setfattr inside the mount.")
+@click.option("--read-only", is_flag=True, default=None, help="Refuse rm, mv and setfattr inside the mount.")
 @click.option("--log-level", type=click.Choice(LEVELS), help="The least that 'streamfs logs' shows. [default: info]")
 @click.option("--log-format", type=click.Choice(FORMATS), help="Lines of text, or an object a line. [default: text]")
 def mount(mountpoint: str, foreground: bool, **given: Any) -> None:
@@ -50,7 +51,7 @@ def mount(mountpoint: str, foreground: bool, **given: Any) -> None:
       streamfs mount /srv/streams --allow-other --memory 1GiB --cache-size 100GiB
     """
     home = Home.open()
-    options = mount_options(given)
+    options = mount_options(given, load(home.config / FILE_NAME))
     try:
         from streamfs import daemon
     except ImportError as error:
@@ -62,12 +63,12 @@ def mount(mountpoint: str, foreground: bool, **given: Any) -> None:
         raise click.exceptions.Exit(code)
 
 
-def mount_options(given: dict[str, Any]) -> MountOptions:
-    """The options of the command line; what was not given keeps its default."""
+def mount_options(given: dict[str, Any], config: Config | None = None) -> MountOptions:
+    """The options of the command line; what was not given is as the configuration says, else the default."""
     values = {key: None if value is types.NONE else value for key, value in given.items() if value is not None}
     if given.get("cache_dir") is not None:
         values["cache_dir"] = str(Path(given["cache_dir"]).absolute())
-    options = msgspec.structs.replace(MountOptions(), **values)
+    options = msgspec.structs.replace((config or Config()).mount_options(), **values)
     if options.memory < 1 << 20:
         raise click.UsageError("--memory must be at least 1MiB")
     return options

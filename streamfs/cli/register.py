@@ -50,7 +50,8 @@ class _AddCommand(click.Command):
 \b
   A file on the web, and one that needs a login:
     streamfs add song.flac https://example.org/song.flac
-    streamfs add report.pdf https://intra.example.org/r.pdf --header 'Authorization: Bearer ...'
+    streamfs add report.pdf https://intra.example.org/r.pdf \\
+        --secret-header 'Authorization: Bearer ${file:~/.config/intra.token}'
 \b
   In a folder, which appears by itself; with the logins of a browser:
     streamfs add films/tour.mp4 https://example.org/tour.mp4 --cookie-file ~/cookies.txt
@@ -81,6 +82,14 @@ class _AddCommand(click.Command):
     multiple=True,
     envvar="STREAMFS_ADD_HEADER",
     help="A request header (repeatable).",
+)
+@click.option(
+    "--secret-header",
+    "secret_headers",
+    type=types.HEADER,
+    multiple=True,
+    envvar="STREAMFS_ADD_SECRET_HEADER",
+    help="One whose value is elsewhere: 'Authorization: Bearer ${file:/PATH}', ${env:NAME}, ${credential:NAME}.",
 )
 @click.option("--user-agent", metavar="TEXT", help="The User-Agent header.")
 @click.option(

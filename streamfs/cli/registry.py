@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
+from streamfs.config import FILE_NAME, Config, load
 from streamfs.control import Client
 from streamfs.control.client import DEFAULT_TIMEOUT
 from streamfs.errors import Busy, InvalidRequest, NotPermitted, StreamfsError, Unreachable
@@ -60,7 +61,8 @@ class Registry(Protocol):
 @contextlib.contextmanager
 def open_registry(home: Home, cache_directory: Path | None = None) -> Iterator[Registry]:
     """The daemon of `home`; the offline registry, with the home locked, where none runs. `cache_directory` is where
-    the daemon keeps its recordings when it runs, None: in the home's own. Raises Busy after `WAIT` seconds."""
+    the daemon keeps its recordings when it runs, None: where the configuration says. Raises Busy after `WAIT`
+    seconds."""
     home.prepare()
     deadline = time.monotonic() + WAIT
     while True:
@@ -79,7 +81,9 @@ def open_registry(home: Home, cache_directory: Path | None = None) -> Iterator[R
             from streamfs.catalog import Catalog
 
             with Catalog(home.catalog_path) as catalog:
-                yield Offline(catalog, cache_directory or home.cache)
+                config = load(home.config / FILE_NAME)
+                directory = config.mount_options().cache_dir
+                yield Offline(catalog, cache_directory or (Path(directory) if directory else home.cache), config)
         return
 
 
@@ -168,14 +172,21 @@ class Offline:
 
     live = False
 
-    def __init__(self, catalog: Catalog, cache_directory: Path) -> None:
+    def __init__(self, catalog: Catalog, cache_directory: Path, config: Config | None = None) -> None:
+        self._config = config or Config()
         self._catalog = catalog
         self._cache = cache_directory
 
     def add(self, spec: StreamSpec, replace: bool) -> None:
-        self._catalog.add(spec, replace)
+        entry = self._catalog.add(spec, replace)
+        if self._config.persists(spec):
+            self._catalog.set_persist(entry.id, True)
 
     def register(self, items: Sequence[Registration], taken: IfTaken, *, probe: bool, dry_run: bool) -> list[Outcome]:
+        items = [
+            msgspec.structs.replace(item, persist=self._config.persists(item.spec)) if item.persist is None else item
+            for item in items
+        ]
         done = self._catalog.register(items, taken, dry_run=dry_run)
         return [Outcome(outcome, wanted, entry.name) for outcome, wanted, entry in done]
 
