@@ -20,6 +20,8 @@ from streamfs.errors import Busy, InvalidRequest, NotPermitted, StreamfsError
 log = logging.getLogger(__name__)
 
 FUSE_DEVICE = Path("/dev/fuse")
+MTAB = Path("/etc/mtab")
+"""Where fusermount3 looks whether a mount is the caller's, before it unmounts."""
 READ_AHEAD_KB = 4096
 """Kernel read-ahead of the mount. With 4 MiB the kernel asks for 1 MiB at a time: cached reads were 2.6 times as fast
 as with its default of 128 KiB. Root only; others keep the default."""
@@ -28,7 +30,7 @@ MAX_BACKGROUND = 65535
 everybody's cached reads. Ordinary users get what /sys/module/fuse/parameters/max_user_bgreq allows, some thousands."""
 KERNEL_BACKGROUND = 12
 """The kernel's default of it, which stays where it cannot be raised (nobody mounted fusectl, and we are not root)."""
-_CONNECTIONS = Path("/sys/fs/fuse/connections")
+CONNECTIONS = Path("/sys/fs/fuse/connections")
 _TOOL_TIMEOUT = 10.0  # seconds for fusermount3 and its like
 
 
@@ -38,8 +40,12 @@ def check_fuse() -> None:
         raise InvalidRequest(f"{FUSE_DEVICE} is missing: load the fuse module (modprobe fuse) or pass the device in")
     if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
         raise NotPermitted(f"you may not open {FUSE_DEVICE}: its mode or group must allow it (usually mode 0666)")
-    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+    if os.geteuid() == 0:
+        return
+    if shutil.which("fusermount3") is None:
         raise InvalidRequest("fusermount3 is missing: install the package fuse3")
+    if not os.access(MTAB, os.R_OK):  # bare chroots have none; better no mount than one that cannot be taken away
+        raise InvalidRequest(f"fusermount3 needs {MTAB} to unmount: as root, 'ln -s /proc/self/mounts {MTAB}'")
 
 
 def prepare_mountpoint(mountpoint: Path) -> None:
@@ -99,7 +105,7 @@ def tune(mountpoint: Path) -> int:
         return KERNEL_BACKGROUND
     major, minor = there.device
     _set(Path(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb"), READ_AHEAD_KB)
-    connection = _CONNECTIONS / str(major << 20 | minor)  # the kernel's own form of a device number
+    connection = CONNECTIONS / str(major << 20 | minor)  # the kernel's own form of a device number
     if not connection.exists() and os.geteuid() == 0:
         allowed = _raise_unseen(connection)
     else:
@@ -136,7 +142,7 @@ def _set(path: Path, value: int) -> None:
 def _raise_unseen(connection: Path) -> int:
     """Where nobody mounted the fusectl file system, do it in a mount namespace that ends with the command."""
     script = (
-        f"mount -t fusectl fusectl {_CONNECTIONS}"
+        f"mount -t fusectl fusectl {CONNECTIONS}"
         f" && echo {MAX_BACKGROUND} > {connection}/max_background"
         f" && echo {MAX_BACKGROUND * 3 // 4} > {connection}/congestion_threshold"
     )

@@ -22,7 +22,7 @@ from streamfs import mounts
 from streamfs.catalog import Catalog
 from streamfs.cli import keep, types
 from streamfs.cli.app import cli, main
-from streamfs.cli.doctor import Finding, check_device
+from streamfs.cli.checks import Finding, check_device
 from streamfs.cli.mount import mount_options
 from streamfs.control import server
 from streamfs.engine.recording import Header, Recording

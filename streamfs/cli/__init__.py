@@ -11,7 +11,7 @@
     keep.py      save, evict, verify
     logs.py      logs
     systemd.py   systemd
-    doctor.py    doctor
+    doctor.py    doctor                      checks.py  what it looks at
     completion.py  completion, for the shells
     helper.py    mount.streamfs, which mount(8) calls
     mounts.py    what the kernel says is mounted
