@@ -7,8 +7,6 @@ from dataclasses import asdict
 
 import click
 
-from streamfs.cli.checks import findings
-
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, envvar="STREAMFS_DOCTOR_JSON", help="One JSON document.")
@@ -17,6 +15,8 @@ def doctor(as_json: bool) -> None:
 
     Says for each what to do. Exits with 1 if something keeps streamfs from working.
     """
+    from streamfs.cli.checks import findings  # loads much of the package
+
     found = findings()
     if as_json:
         click.echo(json.dumps({"version": 1, "findings": [asdict(finding) for finding in found]}))
