@@ -178,6 +178,20 @@ async def test_a_scan_keeps_the_newest_recording_of_each_known_stream(tmp_path: 
         assert not house.cache.has_dormant(4)
 
 
+async def test_a_scan_removes_halves_of_recordings_and_nothing_else(tmp_path: Path) -> None:
+    """A power cut, or a daemon killed while it made or removed one, leaves either file alone."""
+    whole, no_index, no_data, odd = (record(tmp_path, number, 1) for number in (2, 3, 4, 5))
+    no_index.with_name(no_index.name + ".index").unlink()
+    no_data.unlink()
+    odd.rename(tmp_path / "5-x.data")
+    async with a_house(tmp_path) as house:
+        house.cache.scan([2, 3, 4, 5])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2-1.data", "2-1.data.index", "5-x.data"]
+        assert [house.cache.has_dormant(number) for number in (2, 3, 4, 5)] == [True, False, False, False]
+        assert house.cache.last_number(2) == 1
+        assert whole.exists()
+
+
 async def test_a_recording_of_another_source_is_not_used(tmp_path: Path) -> None:
     path = record(tmp_path, 2, 1)
     async with a_house(tmp_path) as house:
@@ -250,8 +264,11 @@ async def test_without_a_disk_memory_goes_on_serving(how: str, tmp_path: Path, m
         make_useless(how, directory, monkeypatch)
         for ranged in (True, False):
             origin = Origin(f"s{ranged}", size=4 * MIB, ranged=ranged)
-            assert await read_all(house.stream(origin), MIB) == origin.content()
-        await until(lambda: house.cache.disk_error is not None)
+            stream = house.stream(origin)
+            assert await read_all(stream, MIB) == origin.content()
+            await until(lambda: house.cache.disk_error is not None)
+            assert isinstance(stream.problem, NoSpace)
+            assert str(directory) in str(stream.problem)
         assert str(directory) in str(house.cache.disk_error)
 
 

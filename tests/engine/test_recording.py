@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from streamfs.engine.ranges import RangeSet
-from streamfs.engine.recording import BLOCK, DamagedExtent, Extent, Header, Recording
+from streamfs.engine.recording import BLOCK, DamagedExtent, Extent, Header, Recording, disk_bytes
 from tests.fakes import flip_byte, named_bytes
 
 SIZE = 5 * BLOCK + 1234
@@ -267,6 +267,33 @@ def test_complete_syncs_data_and_names_before_it_says_end(path, monkeypatch):
     recording.complete(SIZE)
     assert [name for name, _ in order] == [str(path), str(path.parent), str(index_of(path))]
     assert [logged - before for _, logged in order] == [0, 0, 2 * ENTRY]
+
+
+@pytest.mark.parametrize("gone", ["data", "index"])
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_recording_whose_files_were_taken_away_is_not_complete(path, gone, how):
+    recording = Recording.create(path, HEADER)
+    put(recording, 0, SIZE)
+    file = path if gone == "data" else index_of(path)
+    file.unlink()
+    if how == "replaced":
+        file.write_bytes(DATA)
+    with pytest.raises(FileNotFoundError):
+        recording.complete(SIZE)
+    assert not recording.durable and recording.size is None
+
+
+def test_disk_space_counts_what_is_allocated_ahead_and_the_index(path):
+    recording = Recording.create(path, HEADER)
+    recording.ahead = 64 * BLOCK
+    put(recording, 0, BLOCK)
+    put(recording, BLOCK, 4 * BLOCK)
+    assert recording.disk_bytes == disk_bytes(path)
+    assert recording.disk_bytes >= 5 * BLOCK, "what is allocated ahead is not counted"
+    data = path.stat().st_blocks * 512
+    assert recording.disk_bytes - data == index_of(path).stat().st_blocks * 512 > 0
+    recording.complete(4 * BLOCK)
+    assert recording.disk_bytes < data, "what was allocated ahead is not given back"
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
