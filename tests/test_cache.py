@@ -186,7 +186,7 @@ async def test_a_scan_removes_halves_of_recordings_and_nothing_else(tmp_path: Pa
     odd.rename(tmp_path / "5-x.data")
     async with a_house(tmp_path) as house:
         house.cache.scan([2, 3, 4, 5])
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["2-1.data", "2-1.data.index", "5-x.data"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2-1.data", "2-1.data.index", "5-x.data"]  # noqa: ASYNC240
         assert [house.cache.has_dormant(number) for number in (2, 3, 4, 5)] == [True, False, False, False]
         assert house.cache.last_number(2) == 1
         assert whole.exists()
