@@ -17,6 +17,7 @@ sources       where bytes come from: commands, files, HTTP and its kin
 board         what the daemon shows in a memory-mapped file, for any program to read
 engine        the buffer: many readers, threads and trio, memory then disk
 home, spec    where things are; what a stream is registered with       mounts, processes: what the kernel tells
+news          what happens to streams, collected for the board           reporter: keeps the board
 logs, notify  the daemon's log; how a service manager learns about it
 errors        every error and its errno
 

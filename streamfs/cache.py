@@ -24,6 +24,7 @@ from streamfs.engine.pool import LARGE, Pool
 from streamfs.engine.recording import Header, Recording, disk_bytes, unlink_recording
 from streamfs.errors import Damaged, NoSpace
 from streamfs.home import recording_name, recording_of
+from streamfs.news import News
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ class Cache:
         self.disk_error: str | None = None
         """Why the cache directory cannot take bytes now; None while it can."""
         self.pool = Pool(memory, on_give=self._gave)
+        self.news = News()
+        """What happens to the streams, for whoever shows it."""
         self._is_kept = is_kept
         self._generations: dict[Cached, int] = {}  # with the bytes each takes on disk
         self._disowned: set[Cached] = set()  # INVARIANT: of `_generations`
@@ -312,6 +315,7 @@ class Cache:
         finally:
             if measured and generation in self._generations:
                 self._generations[generation] = measured[-1]
+            self.news.touch(generation.stream_id)
 
     # The one task
 
@@ -447,7 +451,7 @@ class Cache:
             oldest.drop()
             return True
         if sleeper is not None:
-            self.forget_dormant(sleeper[1])
+            self._evict_dormant(sleeper[1])
             return True
         return False
 
@@ -482,7 +486,11 @@ class Cache:
                 generation.drop()
         for stream_id, dormant in list(self._dormant.items()):
             if dormant.used < before and not self._is_kept(stream_id):
-                self.forget_dormant(stream_id)
+                self._evict_dormant(stream_id)
+
+    def _evict_dormant(self, stream_id: int) -> None:
+        self.forget_dormant(stream_id)
+        self.news.tell("evicted", stream_id)
 
 
 def _disk_bytes(generation: Cached) -> int:

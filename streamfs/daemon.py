@@ -14,7 +14,8 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,18 @@ import trio
 
 import streamfs
 from streamfs import logs, mounting, mounts
+from streamfs.board import NAME as BOARD_NAME
+from streamfs.board.writer import BoardWriter, EventLog
 from streamfs.cache import Cache
 from streamfs.catalog import Catalog
 from streamfs.config import FILE_NAME, load
 from streamfs.control.server import Handler, listen, serve
-from streamfs.errors import Busy, InvalidRequest, StreamfsError
+from streamfs.errors import Busy, InvalidRequest, NoSpace, NotFound, StreamfsError
 from streamfs.filesystem import FileSystem
 from streamfs.home import Home, HomeLock, secure_directory
 from streamfs.interrupts import Interrupts
 from streamfs.notify import Notifier
+from streamfs.reporter import Reporter
 from streamfs.settings import Settings
 from streamfs.sources import Transports, make_source
 from streamfs.spec import IfTaken, MountOptions, Registration, StreamSpec
@@ -44,6 +48,8 @@ MAX_TASKS = 100_000
 """Requests in progress at a time. At pyfuse3's default of 99, that many blocked readers would freeze the mount."""
 LOCK_WAIT = 5.0
 """Seconds to wait for a command that changes the catalogue just now."""
+EVENTS_NAME = "events.json"
+"""In the state directory: events that were not recycled, for the next daemon, if the board does not last so long."""
 READY_WITHIN = 60.0
 """Seconds the parent waits for the daemon to say that the mount answers."""
 SAVE_STEP = 1 << 20
@@ -216,15 +222,21 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
         async with _filesystem(home, options) as filesystem:
             interrupts = Interrupts()
             operations = Operations(filesystem, interrupts)
+            board = _make_board(home, mountpoint, options)
+            reporter = Reporter(filesystem, board) if board is not None else None
+            if reporter is not None:
+                await reporter.fill()
             _mount(operations, mountpoint, options)
             there = mounts.mounted_at(str(mountpoint))
             interrupts.device = there.device if there is not None else None
-            life = _Life(filesystem, mountpoint, readiness, functools.partial(lock.record, home.socket_path))
+            life = _Life(filesystem, mountpoint, reporter, readiness, functools.partial(lock.record, home.socket_path))
             try:
                 listener = listen(home.socket_path, lock)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(interrupts.run)
                     nursery.start_soon(watchdog.beat)
+                    if reporter is not None:
+                        nursery.start_soon(reporter.run)
                     nursery.start_soon(life.until_signal, signals)
                     nursery.start_soon(serve, listener, life.handlers())
                     if there is not None:
@@ -234,8 +246,41 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
                     nursery.cancel_scope.cancel()
             finally:
                 pyfuse3.close(unmount=False)
+                if board is not None and reporter is not None:
+                    with trio.CancelScope(shield=True):
+                        await reporter.flush()
+                    await trio.to_thread.run_sync(_close_board, home, board)
                 if mounting.is_mounted(mountpoint):
                     await trio.to_thread.run_sync(mounting.unmount_quietly, mountpoint)
+
+
+def _make_board(home: Home, mountpoint: Path, options: MountOptions) -> BoardWriter | None:
+    """The board of this daemon, with the events of those before it. None where it cannot be had: everything else works
+    without it."""
+    path = home.run / BOARD_NAME
+    log_ = max(EventLog.of_board(path), EventLog.of_file(home.state / EVENTS_NAME), key=lambda found: found.next)
+    facts = {
+        "pid": os.getpid(),
+        "started": time.time(),
+        "version": streamfs.__version__,
+        "mountpoint": os.fspath(mountpoint),
+        "memory": options.memory,
+        "cache_size": options.cache_size,
+    }
+    try:
+        return BoardWriter(path, facts, log_)
+    except (OSError, NoSpace) as error:
+        log.warning("there will be no board, as %s cannot be written: %s", path, error)
+        return None
+
+
+def _close_board(home: Home, board: BoardWriter) -> None:
+    """The run-time directory may not outlive a restart of the machine, but the events shall."""
+    try:
+        board.event_log.save(home.state / EVENTS_NAME)
+    except (OSError, StreamfsError) as error:
+        log.warning("the events cannot be kept: %s", error)
+    board.close()
 
 
 def _mount(operations: Any, mountpoint: Path, options: MountOptions) -> None:
@@ -268,11 +313,17 @@ class _Life:
     """What ends the daemon, and what the control socket can ask of it."""
 
     def __init__(
-        self, filesystem: FileSystem, mountpoint: Path, readiness: _Readiness, record: Callable[..., None]
+        self,
+        filesystem: FileSystem,
+        mountpoint: Path,
+        reporter: Reporter | None,
+        readiness: _Readiness,
+        record: Callable[..., None],
     ) -> None:
-        """`record`: HomeLock.record for this daemon."""
+        """`reporter`: None where there is no board. `record`: HomeLock.record for this daemon."""
         self._fs = filesystem
         self._mountpoint = mountpoint
+        self._reporter = reporter
         self._readiness = readiness
         self._record = record
         self._leaving = trio.Event()
@@ -318,20 +369,34 @@ class _Life:
     def handlers(self) -> Mapping[str, Handler]:
         return {
             "ping": self._ping,
-            "add": self._add,
-            "add_many": self._add_many,
-            "register": self._register,
+            "add": self._shown(self._add),
+            "add_many": self._shown(self._add_many),
+            "register": self._shown(self._register),
             "export": self._export,
-            "remove": self._remove,
-            "rename": self._rename,
+            "remove": self._shown(self._remove),
+            "rename": self._shown(self._rename),
             "list": self._list,
             "names": self._names,
             "status": self._status,
-            "persist": self._persist,
-            "evict": self._evict,
+            "persist": self._shown(self._persist),
+            "evict": self._shown(self._evict),
             "verify": self._verify,
+            "acknowledge": self._acknowledge,
+            "forget_listener": self._forget_listener,
             "shutdown": self._shutdown,
         }
+
+    def _shown(self, handler: Callable[[dict[str, Any]], Awaitable[Any]]) -> Handler:
+        """Who asked for a change finds it on the board once it is answered."""
+
+        async def change_and_show(params: dict[str, Any]) -> Any:
+            try:
+                return await handler(params)
+            finally:
+                if self._reporter is not None:
+                    await self._reporter.flush()
+
+        return change_and_show
 
     async def _ping(self, params: dict[str, Any]) -> Any:
         """Who we are, and what we hold now: `tasks` under way, bytes of `memory` handed out, `open` files."""
@@ -395,6 +460,17 @@ class _Life:
 
     async def _verify(self, params: dict[str, Any]) -> Any:
         return await self._fs.verify(params.get("names") or None)
+
+    async def _acknowledge(self, params: dict[str, Any]) -> Any:
+        self._required_reporter().acknowledge(str(params["listener"]), int(params["seq"]))
+
+    async def _forget_listener(self, params: dict[str, Any]) -> Any:
+        self._required_reporter().forget(str(params["listener"]))
+
+    def _required_reporter(self) -> Reporter:
+        if self._reporter is None:
+            raise NotFound("this daemon has no board, and so no events: its log says why")
+        return self._reporter
 
     async def _shutdown(self, params: dict[str, Any]) -> Any:
         if not params.get("lazy", False):

@@ -125,6 +125,8 @@ class FileSystem:
         self._context = Context(
             nursery, cache, read_ahead, self._remember, settings, make_source if settings is not None else None
         )
+        self.news = cache.news
+        """What happens to the streams, for whoever shows it."""
         self._tree = Tree()
         self._entries = Entries()
         self._streams: dict[int, Stream] = {}  # made when first needed
@@ -268,8 +270,9 @@ class FileSystem:
 
     # Files
 
-    async def open(self, inode: int) -> Opened:
-        """Open a file. Waits until the length is known where the source can tell, at most the stall timeout.
+    async def open(self, inode: int, opener: dict[str, Any] | None = None) -> Opened:
+        """Open a file. Waits until the length is known where the source can tell, at most the stall timeout. `opener`:
+        who does ("pid", "program"), to be told of.
 
         Raises the source's failure; SourceChanged (ESTALE) where the name now stands for another version: the kernel
         then looks the name up again, gets the new inode, and comes back with that.
@@ -287,6 +290,9 @@ class FileSystem:
             raise
         number = next(self._numbers)
         self._handles[number] = (handle, file)
+        if opener is not None:
+            handle.opener = opener
+            self.news.tell("opened", file.stream_id, **opener)
         return Opened(number, direct=handle.incoming)
 
     def _bind(self, file: File, handle: Handle) -> None:
@@ -348,11 +354,13 @@ class FileSystem:
         opened = self._handles.pop(number, None)
         if opened is None:
             return
-        handle, _ = opened
+        handle, file = opened
         poll = self._polls.pop(number, None)
         if poll is not None:
             poll.scope.cancel()  # or it would go on asking for bytes that nobody wants
         handle.close()
+        if handle.opener:
+            self.news.tell("closed", file.stream_id, **handle.opener)
 
     # Extended attributes
 
@@ -426,6 +434,7 @@ class FileSystem:
         old = self._find(entry.name)
         if isinstance(old, File) and old.stream_id != entry.id:
             self._drop(self._entries[old.stream_id], keep_folders=True)  # its folder gets the other one
+        self.news.tell("registered", entry.id)
         self._entries[entry.id] = entry
         self._tree.add(entry)
         if entry.persist:
@@ -499,6 +508,8 @@ class FileSystem:
         if isinstance(folder, Folder):
             self._tree.move(folder, new, keep_folders=keep_folders)
         for entry in moved:
+            before = self._entries.get(entry.id)
+            self.news.tell("renamed", entry.id, stream=entry.name, old=before.name if before is not None else old)
             self._replace_entry(entry)
             if not isinstance(folder, Folder):
                 self._tree.add(entry, keep_folders=keep_folders)
@@ -622,6 +633,22 @@ class FileSystem:
         entries = sorted(self._entries.values(), key=lambda e: os.fsencode(e.name))
         return [Registration(spec=entry.spec, persist=entry.persist) for entry in entries]
 
+    @property
+    def ids(self) -> list[int]:
+        """Of every stream."""
+        return list(self._entries)
+
+    def name_of(self, stream_id: int) -> str | None:
+        """None where it is not registered any more."""
+        entry = self._entries.get(stream_id)
+        return None if entry is None else entry.name
+
+    def look(self, stream_id: int) -> tuple[dict[str, Any], Stream | None] | None:
+        """What `status --json` says of a stream, and the stream itself where it was ever used; None where it was
+        removed."""
+        entry = self._entries.get(stream_id)
+        return None if entry is None else (self._described(entry), self._streams.get(stream_id))
+
     def _described(self, entry: Entry) -> dict[str, Any]:
         stream = self._streams.get(entry.id)
         shown = entry.described()
@@ -645,6 +672,7 @@ class FileSystem:
     def _drop(self, entry: Entry, *, keep_folders: bool = False) -> None:
         """The catalogue has forgotten the entry: so do we, but for those who have it open."""
         self._entries.discard(entry.id)
+        self.news.tell("removed", entry.id, stream=entry.name)
         self._tree.remove(entry.id, keep_folders=keep_folders)
         self._let_go_eager(entry.id)
         stream = self._streams.pop(entry.id, None)
@@ -665,6 +693,7 @@ class FileSystem:
         if entry.id not in self._entries:
             return  # removed meanwhile
         self._entries[entry.id] = entry
+        self.news.touch(entry.id)
         stream = self._streams.get(entry.id)
         if stream is not None:
             stream.set_entry(entry)

@@ -49,6 +49,15 @@ def _guarded(handler: _Handler) -> _Handler:
     return guarded  # type: ignore[return-value]
 
 
+def _program(pid: int) -> str | None:
+    """The name of a process that is in a call of ours, as `ps` shows it; None where nothing can be seen of it."""
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:  # the kernel has it at hand: unlike cmdline it never waits
+            return file.read().rstrip(b"\n").decode("utf-8", "backslashreplace")
+    except OSError:
+        return None
+
+
 class _OpenFile(NamedTuple):
     opener: int  # pid
     inode: int
@@ -160,11 +169,12 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise pyfuse3.FUSEError(errno.EACCES)
         with self._interrupts.watch(ctx.pid):
-            opened = await self._fs.open(inode)
+            process = process_of(ctx.pid)
+            opened = await self._fs.open(inode, {"pid": process, "program": _program(process)})
         eager = opened.direct and bool(flags & os.O_NONBLOCK)
         # With O_DIRECT programs get the replies to reads themselves, which must then not be those to read-ahead.
         direct = opened.direct or bool(flags & os.O_DIRECT)
-        self._files[opened.handle] = _OpenFile(process_of(ctx.pid), inode, direct, eager)
+        self._files[opened.handle] = _OpenFile(process, inode, direct, eager)
         # Pages may stay in the kernel's cache from open to open: an inode's bytes never change.
         return pyfuse3.FileInfo(fh=FileHandleT(opened.handle), direct_io=direct, keep_cache=not opened.direct)
 

@@ -26,6 +26,7 @@ from streamfs.engine.pool import LARGE
 from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.engine.state import again
 from streamfs.errors import NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError, told
+from streamfs.news import News
 from streamfs.settings import Settings
 from streamfs.sources.base import Body, Facts, Source
 from streamfs.spec import StreamSpec, parse_window
@@ -133,6 +134,8 @@ class Generation:
         self._settled = recording is not None and recording.durable
         self.plan = FetchPlan(ranged=facts.ranged, read_ahead=self._context.read_ahead)
         self.handles = 0
+        self.received = 0  # bytes that came from the source
+        self._news = self._context.cache.news
         self.used = time.monotonic()
         self.validated = time.monotonic()
         self.exit_status: int | None = None
@@ -172,6 +175,7 @@ class Generation:
         return self._stream.entry.persist
 
     def drop(self) -> None:
+        self._news.tell("evicted", self.stream_id, bytes=self.buffer.buffered)
         self._stream.let_go(self)
 
     # What readers do
@@ -294,6 +298,7 @@ class Generation:
 
     def _run(self, fetch: Fetch, body: Body | None = None) -> None:
         self._scopes[fetch] = trio.CancelScope()
+        self._news.touch(self.stream_id)
         self._context.nursery.start_soon(self._guarded, fetch, body)
 
     async def _guarded(self, fetch: Fetch, body: Body | None) -> None:
@@ -314,12 +319,14 @@ class Generation:
             error = SourceFailed(f"internal error: {bug!r} (see the log)")
         finally:
             self._scopes.pop(fetch)
+            self._news.touch(self.stream_id)
             self._allowed.pop(fetch, None)
             self.plan.ended(fetch)
             ended, self._fetch_ended = self._fetch_ended, trio.Event()
             ended.set()
             if error is not None and not self.buffer.doomed:
                 self.buffer.fail(told(error))
+                tell_failure(self._news, self.stream_id, error)
             else:
                 self.buffer.wake_all()  # those that this fetch was to serve ask for another
 
@@ -409,6 +416,8 @@ class Generation:
                 raise SourceFailed(f"the source sent more than the {buffer.size} bytes it had declared")
             writer.wrote(count)
             fetch.position = writer.position
+            self.received += count
+            self._news.touch(self.stream_id)
             if self._window is not None and (floor := self._window.advanced(fetch.position)):
                 await cache.trim(self, floor)
 
@@ -529,6 +538,11 @@ class Generation:
         if self._scopes:
             return "paused" if all(fetch.resting for fetch in self._scopes) else "live"
         return "live" if self.plan.greedy or self.buffer.complete else "idle"
+
+
+def tell_failure(news: News, stream_id: int, error: StreamfsError) -> None:
+    """The event of a failure that readers get."""
+    news.tell("stalled" if isinstance(error, SourceStalled) else "failed", stream_id, error=str(error))
 
 
 def _kept_digest(recording: Recording) -> str | None:

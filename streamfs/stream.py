@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import trio
@@ -32,7 +33,7 @@ from streamfs.errors import (
     StreamfsError,
     told,
 )
-from streamfs.generation import Context, Generation, State
+from streamfs.generation import Context, Generation, State, tell_failure
 from streamfs.sources.base import Body, Facts, Source
 from streamfs.spec import StreamSpec, UrlSource
 
@@ -85,8 +86,12 @@ class Handle:
         self._closed = False
         self.position = 0
         """Where the last read ended: what poll(2) asks about, as it names no offset."""
+        self.opener: dict[str, Any] = {}
+        """Who opened it, as far as that is known: "pid", "program"."""
         generation.handles += 1
         generation.used = time.monotonic()
+        stream.open_handles.add(self)
+        stream.news.touch(stream.entry.id)
 
     @property
     def generation(self) -> Generation:
@@ -106,7 +111,7 @@ class Handle:
         """What `read` would give, if all of it is in one piece of memory; None where it is not, or fails."""
         view = self._generation.read_now(offset, size)
         if view is not None:
-            self.position = offset + len(view)
+            self._gave(offset, view)
         return view
 
     async def read(self, offset: int, size: int, *, partial: bool = False) -> memoryview:
@@ -122,8 +127,13 @@ class Handle:
             if not count:
                 raise
             view = await self._generation.read(offset, count)
-        self.position = offset + len(view)
+        self._gave(offset, view)
         return view
+
+    def _gave(self, offset: int, view: memoryview) -> None:
+        self.position = offset + len(view)
+        self._stream.served += len(view)
+        self._stream.news.touch(self._stream.entry.id)
 
     async def read_available(self, offset: int, size: int) -> memoryview | None:
         """Up to `size` bytes from `offset` that are there, without waiting for the source; None where there are none
@@ -149,6 +159,8 @@ class Handle:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            self._stream.open_handles.discard(self)
+            self._stream.news.touch(self._stream.entry.id)
             self._generation.handles -= 1
             self._generation.used = time.monotonic()
             if not self._generation.handles:
@@ -165,6 +177,10 @@ class Stream:
         self.context = context
         self._made_for = self.spec  # what `source` was made of
         self._old_sources: list[Source] = []  # whose bodies may still be read
+        self.news = context.cache.news
+        self.open_handles: set[Handle] = set()
+        self.served = 0
+        """Bytes given to readers."""
         self.generation: Generation | None = None
         self._error: StreamfsError | None = None
         self._orphans: list[Generation] = []  # evicted or removed, but still read
@@ -188,6 +204,8 @@ class Stream:
     @error.setter
     def error(self, error: StreamfsError | None) -> None:
         self._error = None if error is None else told(error)
+        if error is not None and not isinstance(error, Closed):
+            tell_failure(self.news, self.entry.id, error)
 
     @property
     def spec(self) -> StreamSpec:
@@ -415,6 +433,9 @@ class Stream:
         Raises NotPermitted where the stream is persisted."""
         if self.entry.persist:
             raise NotPermitted(f"{self.entry.name!r} is persisted: 'streamfs unpersist' it first")
+        cached = self.buffered
+        if cached or self.context.cache.has_dormant(self.entry.id):
+            self.news.tell("evicted", self.entry.id, bytes=cached or None)
         self.context.cache.forget_dormant(self.entry.id)
         self._part_with_current()
 
@@ -475,6 +496,7 @@ class Stream:
     def set_entry(self, entry: Entry) -> None:
         """The catalogue has a new row for this stream (name, persist or facts)."""
         self.entry = entry
+        self.news.touch(entry.id)
         if entry.persist and self._persisting is None:
             self._persisting = trio.CancelScope()
             self.context.nursery.start_soon(self._persist, self._persisting)

@@ -8,6 +8,6 @@
 The format is docs/board.md. Usable alone: neither FUSE nor trio is needed, nor the rest of streamfs.
 """
 
-from streamfs.board.reader import Board
+from streamfs.board.reader import NAME, Board
 
-__all__ = ["Board"]
+__all__ = ["NAME", "Board"]

@@ -19,6 +19,7 @@ from functools import partial
 import trio
 
 from streamfs.engine.pool import Pool
+from streamfs.engine.ranges import RangeSet
 from streamfs.engine.recording import DamagedExtent, Recording
 from streamfs.engine.state import BufferState, Waiter, again
 from streamfs.engine.store import Gathered, Segment, Store
@@ -102,6 +103,15 @@ class Buffer:
     def waiting(self) -> int:
         """Readers that wait for bytes."""
         return self._state.waiting
+
+    def places(self) -> tuple[RangeSet, RangeSet]:
+        """Copies of what rests in memory and of what rests on disk only."""
+        with self._lock:
+            memory = RangeSet(self._store.in_memory())
+            disk = RangeSet(self._state.present)
+        for start, stop in memory:
+            disk.discard(start, stop)
+        return memory, disk
 
     def is_waited_for(self, start: int, stop: int | None) -> bool:
         with self._lock:

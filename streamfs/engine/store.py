@@ -8,7 +8,7 @@ a byte may be read from memory or from disk, whichever the table names at that m
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from streamfs.engine.pool import LARGE, SMALL, Pool
@@ -136,6 +136,10 @@ class Store:
         segment.sealed = True
         if not segment.filled:
             self._give(segment)
+
+    def in_memory(self) -> Iterator[tuple[int, int]]:
+        """Where the bytes lie that rest in memory, in order."""
+        return ((segment.start, segment.stop) for segment in self._segments if segment.filled)
 
     # Reading
 
