@@ -7,6 +7,7 @@ and `read` wait for sources, each for its own stream.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -639,15 +640,19 @@ class FileSystem:
         return list(self._entries)
 
     def name_of(self, stream_id: int) -> str | None:
-        """None where it is not registered any more."""
-        entry = self._entries.get(stream_id)
-        return None if entry is None else entry.name
+        """None where it is not registered any more, or its row is damaged."""
+        with contextlib.suppress(Damaged):
+            entry = self._entries.look(stream_id)
+            return None if entry is None else entry.name
+        return None
 
     def look(self, stream_id: int) -> tuple[dict[str, Any], Stream | None] | None:
         """What `status --json` says of a stream, and the stream itself where it was ever used; None where it was
-        removed."""
-        entry = self._entries.get(stream_id)
-        return None if entry is None else (self._described(entry), self._streams.get(stream_id))
+        removed, or its row in the catalogue is damaged."""
+        with contextlib.suppress(Damaged):
+            entry = self._entries.look(stream_id)
+            return None if entry is None else (self._described(entry), self._streams.get(stream_id))
+        return None
 
     def _described(self, entry: Entry) -> dict[str, Any]:
         stream = self._streams.get(entry.id)
