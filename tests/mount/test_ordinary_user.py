@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mount.namespace import run_in_namespace
+
 PACKAGE = Path(__file__).parents[2]
 
 pytestmark = [
@@ -131,3 +133,59 @@ def test_fuse_that_may_not_be_used_is_said_at_once(device: str, advice: str, use
     (line,) = done.stderr.splitlines()
     assert line.startswith("streamfs: ")
     assert advice in line
+
+
+def test_a_whole_life_in_the_users_own_directories(user: str, folder: Path) -> None:
+    """From the first command to what is left behind, without STREAMFS_HOME and without any privilege."""
+    script = f"""
+exec setpriv --reuid={user} --regid={user} --clear-groups --inh-caps=-all --ambient-caps=-all env -i \\
+    PATH="$PATH" LC_ALL=C.UTF-8 HOME={folder} USER={user} bash -ec '
+cd
+mkdir web streams
+head -c 700000 /dev/urandom > web/data.bin
+python3 -u -m http.server 0 --bind 127.0.0.1 --directory web > web.log 2>&1 &
+server=$!
+until grep -q port web.log; do sleep 0.1; done
+port=$(sed -n "s/.* port \\([0-9]*\\).*/\\1/p" web.log)
+grep CapEff /proc/self/status | tr -d "\\t"
+streamfs doctor | grep PROBLEM || echo "the doctor finds no problem"
+streamfs add url/data.bin http://127.0.0.1:$port/data.bin
+streamfs add numbers -- seq 1 200000
+streamfs mount streams --memory 16MiB
+cmp web/data.bin streams/url/data.bin
+seq 1 200000 | cmp - streams/numbers
+cp streams/numbers copy && seq 1 200000 | cmp - copy
+streamfs persist url/data.bin
+streamfs save url/data.bin saved.bin && cmp web/data.bin saved.bin
+kept=$(getfattr --only-values -n user.streamfs.persisted_path streams/url/data.bin)
+until [ "$(getfattr --only-values -n user.streamfs.state streams/url/data.bin)" = complete ]; do sleep 0.1; done
+streamfs umount
+kill $server
+cmp web/data.bin "$kept"
+streamfs mount streams
+cmp web/data.bin streams/url/data.bin
+kill -9 $(sed "s/.*\\"pid\\": \\([0-9]*\\).*/\\1/" .local/state/streamfs/lock)
+streamfs mount streams 2>&1 | cut -c 1-26
+cmp web/data.bin streams/url/data.bin
+streamfs verify | sed "s, [0-9]* blocks.*,,"
+streamfs mv url/data.bin data && streamfs rm numbers && streamfs ls
+streamfs umount
+streamfs logs | grep -c answers
+find .cache .local .config -not -type l \\( -perm /077 -o -not -user {user} \\) -path "*/streamfs*" | sort
+ls -d .cache/streamfs .config/streamfs .local/state/streamfs'
+"""
+    done = run_in_namespace(script)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "CapEff:0000000000000000",
+        "the doctor finds no problem",
+        "clearing away the dead mou",
+        "ok       numbers ",
+        "ok       url/data.bin ",
+        "data",
+        "3",
+        ".cache/streamfs",
+        ".config/streamfs",
+        ".local/state/streamfs",
+    ]
+    assert done.returncode == 0
