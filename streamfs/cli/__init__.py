@@ -6,6 +6,7 @@
     register.py  add, rm, mv, persist, unpersist
     lists.py     import, export
     configure.py config
+    examples.py  examples for the help of the others
     show.py      ls, status
     mount.py     mount, umount
     keep.py      save, evict, verify

@@ -12,6 +12,7 @@ import click
 from streamfs.cli.completion import COMPLETION_VARIABLE, completion
 from streamfs.cli.configure import config
 from streamfs.cli.doctor import doctor
+from streamfs.cli.examples import with_examples
 from streamfs.cli.keep import evict, save, verify
 from streamfs.cli.lists import export, import_
 from streamfs.cli.logs import logs
@@ -63,7 +64,7 @@ for command in (
     doctor,
     completion,
 ):
-    cli.add_command(command)
+    cli.add_command(with_examples(command, command.name or ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

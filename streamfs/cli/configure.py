@@ -88,6 +88,7 @@ def path() -> None:
     """Print where the file is.
 
     \b
+      streamfs config path
       $EDITOR "$(streamfs config path)"
     """
     click.echo(os.fsencode(_path()))
