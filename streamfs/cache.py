@@ -159,6 +159,12 @@ class Cache:
         """The highest generation of the stream that earlier runs left on disk; 0 where there was none."""
         return self._numbers.get(stream_id, 0)
 
+    def last_used(self, stream_id: int) -> float:
+        """When the recording that an earlier run left for the stream was last used, by time.monotonic(); -inf where
+        there is none."""
+        dormant = self._dormant.get(stream_id)
+        return float("-inf") if dormant is None else dormant.used
+
     async def wake_dormant(self, stream_id: int, key: str) -> Recording | None:
         """The recording an earlier run left for the stream, if it is of the source `key`; it is the caller's now.
         Raises Damaged where there was one that cannot be read at all, and is gone now."""

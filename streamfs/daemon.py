@@ -221,7 +221,7 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals, watchdog.watching():
         async with _filesystem(home, options) as filesystem:
             interrupts = Interrupts()
-            operations = Operations(filesystem, interrupts)
+            operations = Operations(filesystem, interrupts, options.scanners)
             board = _make_board(home, mountpoint, options)
             reporter = Reporter(filesystem, board) if board is not None else None
             if reporter is not None:

@@ -271,9 +271,9 @@ class FileSystem:
 
     # Files
 
-    async def open(self, inode: int, opener: dict[str, Any] | None = None) -> Opened:
+    async def open(self, inode: int, opener: dict[str, Any] | None = None, *, sparing: bool = False) -> Opened:
         """Open a file. Waits until the length is known where the source can tell, at most the stall timeout. `opener`:
-        who does ("pid", "program"), to be told of.
+        who does ("pid", "program"), to be told of. `sparing`: as for Handle.
 
         Raises the source's failure; SourceChanged (ESTALE) where the name now stands for another version: the kernel
         then looks the name up again, gets the new inode, and comes back with that.
@@ -283,7 +283,7 @@ class FileSystem:
         file = self._tree.node(inode)
         if isinstance(file, Folder):
             raise IsDirectory("a folder")
-        handle = await self._stream(file.stream_id).open()
+        handle = await self._stream(file.stream_id).open(sparing=sparing)
         try:
             self._bind(file, handle)
         except BaseException:

@@ -8,7 +8,7 @@ import logging
 import mmap
 import os
 import select
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import pyfuse3
@@ -18,13 +18,15 @@ from pyfuse3 import FileHandleT, FileNameT, InodeT, RequestContext, XAttrNameT
 from streamfs.errors import NotFound, StreamfsError
 from streamfs.filesystem import Attributes, FileSystem
 from streamfs.interrupts import Interrupts
-from streamfs.processes import process_of
+from streamfs.processes import process_of, program_of
 
 log = logging.getLogger(__name__)
 
 AHEAD_PATIENCE = 0.1
 """Seconds a read of several pages for the kernel's cache waits for its last byte; then the kernel comes again for the
 single pages that programs wait for. Long enough for a request to most servers; a guess."""
+COMM_LETTERS = 15
+"""How much of a program's name the kernel keeps."""
 _NANOSECONDS = 10**9
 _FIRST_LINK = 1 << 60
 """Above every inode of the tree: those of links that turn into files at once."""
@@ -83,8 +85,10 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(self, filesystem: FileSystem, interrupts: Interrupts) -> None:
+    def __init__(self, filesystem: FileSystem, interrupts: Interrupts, scanners: Iterable[str] = ()) -> None:
+        """`scanners`: names of programs that look at many files and read on in few."""
         super().__init__()
+        self._scanners = frozenset(name for given in scanners for name in (given, given[:COMM_LETTERS]))
         self._fs = filesystem
         self._interrupts = interrupts
         self._listings: dict[int, _Listing] = {}
@@ -168,12 +172,14 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> pyfuse3.FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise pyfuse3.FUSEError(errno.EACCES)
+        sparing = bool(ctx.pid and self._scanners) and not self._scanners.isdisjoint(program_of(ctx.pid))
         with self._interrupts.watch(ctx.pid):
             process = process_of(ctx.pid)
-            opened = await self._fs.open(inode, {"pid": process, "program": _program(process)})
+            opened = await self._fs.open(inode, {"pid": process, "program": _program(process)}, sparing=sparing)
         eager = opened.direct and bool(flags & os.O_NONBLOCK)
         # With O_DIRECT programs get the replies to reads themselves, which must then not be those to read-ahead.
-        direct = opened.direct or bool(flags & os.O_DIRECT)
+        # So for scanners: the kernel would read ahead what they never want.
+        direct = opened.direct or sparing or bool(flags & os.O_DIRECT)
         self._files[opened.handle] = _OpenFile(process, inode, direct, eager)
         # Pages may stay in the kernel's cache from open to open: an inode's bytes never change.
         return pyfuse3.FileInfo(fh=FileHandleT(opened.handle), direct_io=direct, keep_cache=not opened.direct)

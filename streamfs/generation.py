@@ -21,7 +21,7 @@ import trio
 from streamfs.cache import Cache
 from streamfs.catalog import Entry
 from streamfs.engine.buffer import Buffer, Writer
-from streamfs.engine.fetches import FIRST_AHEAD, Fetch, FetchPlan
+from streamfs.engine.fetches import Fetch, FetchPlan
 from streamfs.engine.pool import LARGE
 from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.engine.state import again
@@ -136,7 +136,7 @@ class Generation:
         self.handles = 0
         self.received = 0  # bytes that came from the source
         self._news = self._context.cache.news
-        self.used = time.monotonic()
+        self.used = float("-inf")  # until a reader comes that counts
         self.validated = time.monotonic()
         self.exit_status: int | None = None
         self.stderr_tail = ""
@@ -180,20 +180,24 @@ class Generation:
 
     # What readers do
 
-    def read_now(self, offset: int, size: int) -> memoryview | None:
-        """The bytes, if they are all in memory; the view is good until the next await. None: use `read`."""
+    def read_now(self, offset: int, size: int, *, sparing: bool = False) -> memoryview | None:
+        """The bytes, if they are all in memory; the view is good until the next await. None: use `read`. `sparing`:
+        nothing is read ahead for it, and it does not count as use."""
         try:
             found = self.buffer.look(offset, size)
         except StreamfsError:
             return None
         if not isinstance(found, memoryview):
             return None
-        self.used = time.monotonic()
-        self._follow(offset + len(found))
+        if not sparing:
+            self.used = time.monotonic()
+            self._follow(offset + len(found))
         return found
 
-    async def read(self, offset: int, size: int) -> memoryview:
+    async def read(self, offset: int, size: int, *, sparing: bool = False) -> memoryview:
         """As Buffer.read_async; bytes are fetched as they are needed."""
+        if sparing:
+            return await self.buffer.read_async(offset, size, self.demand_sparingly)
         self.used = time.monotonic()
         view = await self.buffer.read_async(offset, size, self.demand)
         self._follow(offset + len(view))
@@ -206,7 +210,13 @@ class Generation:
     def demand(self, missing: int, stop: int) -> None:
         """A reader waits for missing..stop: see to it that a fetch brings them."""
         self.used = time.monotonic()
-        fetch = self.plan.demand(missing, stop)
+        self._see_to(self.plan.demand(missing, stop), missing)
+
+    def demand_sparingly(self, missing: int, stop: int) -> None:
+        """As `demand`, for a reader for whom nothing is read ahead."""
+        self._see_to(self.plan.demand(missing, stop, sparing=True), missing)
+
+    def _see_to(self, fetch: Fetch | None, missing: int) -> None:
         if fetch is None:
             spare = self.plan.spare(missing)
             if spare is not None:
@@ -292,21 +302,21 @@ class Generation:
         if self._window is not None and self._stream.is_url and self.handles:
             fetch.limit = None
 
-    def begin(self, body: Body) -> None:
-        """Use the body of an opening request, which starts at 0."""
-        self._run(self.plan.first(), body)
+    def begin(self, body: Body, size: int) -> None:
+        """Use the body of an opening request, which starts at 0 and asked for `size` bytes."""
+        self._run(self.plan.first(size), body, size)
 
-    def _run(self, fetch: Fetch, body: Body | None = None) -> None:
+    def _run(self, fetch: Fetch, body: Body | None = None, size: int = 0) -> None:
         self._scopes[fetch] = trio.CancelScope()
         self._news.touch(self.stream_id)
-        self._context.nursery.start_soon(self._guarded, fetch, body)
+        self._context.nursery.start_soon(self._guarded, fetch, body, size)
 
-    async def _guarded(self, fetch: Fetch, body: Body | None) -> None:
+    async def _guarded(self, fetch: Fetch, body: Body | None, size: int) -> None:
         """The one place where a fetch ends, whatever happened in it: no exception goes further than its stream."""
         error: StreamfsError | None = None
         try:
             with self._scopes[fetch]:
-                await self._fetch(fetch, body)
+                await self._fetch(fetch, body, size)
         except SourceChanged as change:
             if self._window is None:
                 self._stream.changed(self, change)
@@ -330,8 +340,8 @@ class Generation:
             else:
                 self.buffer.wake_all()  # those that this fetch was to serve ask for another
 
-    async def _fetch(self, fetch: Fetch, body: Body | None) -> None:
-        stop = FIRST_AHEAD if self.facts.ranged else None  # where the body of an opening request ends
+    async def _fetch(self, fetch: Fetch, body: Body | None, size: int) -> None:
+        stop = size if self.facts.ranged else None  # where the body of an opening request ends
         try:
             while True:
                 if body is None:

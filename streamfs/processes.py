@@ -43,6 +43,17 @@ def process_of(thread: int) -> int:
     return next((int(line[5:]) for line in status.splitlines() if line.startswith(b"Tgid:")), thread)
 
 
+def program_of(pid: int) -> set[str]:
+    """The names that the process (or a thread) goes by: what it calls itself, of which the kernel keeps 15 letters, and
+    the file it was started from."""
+    names = set()
+    with contextlib.suppress(OSError):
+        names.add(os.fsdecode(_read(f"/proc/{pid}/comm").rstrip(b"\n")))
+    with contextlib.suppress(OSError):
+        names.add(os.path.basename(os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")))  # noqa: PTH115, PTH119
+    return names
+
+
 def is_being_killed(pid: int) -> bool:
     """Whether a fatal signal waits for the process. Raises OSError, FileNotFoundError where it is gone."""
     try:

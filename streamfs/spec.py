@@ -133,6 +133,27 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     persist: bool | None = None
 
 
+SCANNERS = (
+    "tumblerd",
+    "ffmpegthumbnailer",
+    "totem-video-thumbnailer",
+    "gnome-video-thumbnailer",
+    "gdk-pixbuf-thumbnailer",
+    "evince-thumbnailer",
+    "gst-thumbnailers",
+    "glycin-thumbnailer",
+    "baloo_file",
+    "baloo_file_extractor",
+    "tracker-miner-fs-3",
+    "tracker-extract-3",
+    "localsearch-3",
+    "localsearch-extractor-3",
+    "recollindex",
+    "minidlnad",
+)
+"""Thumbnailers and indexers of the usual desktops: they open whatever they see."""
+
+
 class MountOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the daemon mounts and what it may use. Sizes in bytes, `ttl` in seconds."""
 
@@ -143,6 +164,7 @@ class MountOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache_size: int | None = 10 << 30  # of everything evictable in the cache directory; None: no limit
     ttl: float = 3600.0  # how long cached bytes are kept after their last use
     read_ahead: int = 8 << 20  # how far past the furthest reader a source is read
+    scanners: tuple[str, ...] = SCANNERS  # programs for which nothing is read ahead and nothing stays in the cache
     read_only: bool = False  # nothing can be renamed, removed or marked through the mount
     log_level: str = "info"  # the least that is logged
     log_format: str = "text"  # or "json"

@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from streamfs.catalog import Entry
-from streamfs.engine.fetches import FIRST_AHEAD
+from streamfs.engine.fetches import FIRST_AHEAD, SPARING
 from streamfs.engine.state import again
 from streamfs.errors import (
     Closed,
@@ -78,20 +78,26 @@ class Verified:
 
 
 class Handle:
-    """An open file: reads of one generation. Close it."""
+    """An open file: reads of one generation. Close it. `sparing`: nothing is read ahead for it, and what it reads does
+    not count as used, so that the cache lets go of that first."""
 
-    def __init__(self, stream: Stream, generation: Generation) -> None:
+    def __init__(self, stream: Stream, generation: Generation, *, sparing: bool = False) -> None:
         self._stream = stream
         self._generation = generation
         self._closed = False
+        self._sparing = sparing
         self.position = 0
         """Where the last read ended: what poll(2) asks about, as it names no offset."""
         self.opener: dict[str, Any] = {}
         """Who opened it, as far as that is known: "pid", "program"."""
         generation.handles += 1
-        generation.used = time.monotonic()
         stream.open_handles.add(self)
         stream.news.touch(stream.entry.id)
+        self._use()
+
+    def _use(self) -> None:
+        if not self._sparing:
+            self._generation.used = time.monotonic()
 
     @property
     def generation(self) -> Generation:
@@ -109,7 +115,7 @@ class Handle:
 
     def read_now(self, offset: int, size: int) -> memoryview | None:
         """What `read` would give, if all of it is in one piece of memory; None where it is not, or fails."""
-        view = self._generation.read_now(offset, size)
+        view = self._generation.read_now(offset, size, sparing=self._sparing)
         if view is not None:
             self._gave(offset, view)
         return view
@@ -121,12 +127,12 @@ class Handle:
         only a read of none of them raises.
         """
         try:
-            view = await self._generation.read(offset, size)
+            view = await self._generation.read(offset, size, sparing=self._sparing)
         except StreamfsError:
             count = self._generation.buffer.available(offset, size) if partial else 0
             if not count:
                 raise
-            view = await self._generation.read(offset, count)
+            view = await self._generation.read(offset, count, sparing=self._sparing)
         self._gave(offset, view)
         return view
 
@@ -162,7 +168,7 @@ class Handle:
             self._stream.open_handles.discard(self)
             self._stream.news.touch(self._stream.entry.id)
             self._generation.handles -= 1
-            self._generation.used = time.monotonic()
+            self._use()
             if not self._generation.handles:
                 self._generation.released()
                 self._stream.released(self._generation)
@@ -236,8 +242,9 @@ class Stream:
 
     # Opening
 
-    async def open(self) -> Handle:
+    async def open(self, *, sparing: bool = False) -> Handle:
         """A handle on the current version, which is asked for where that is due. Bounded by the stall timeout.
+        `sparing`: as for Handle.
         Raises SourceFailed and its kinds where there is neither a source nor cached bytes."""
         if self._ended is not None:
             raise again(self._ended)
@@ -245,7 +252,7 @@ class Stream:
             self._opens.add(scope)
             try:
                 await self._follow_settings()
-                handle = await self._open_in_turn(time.monotonic())
+                handle = await self._open_in_turn(time.monotonic(), sparing)
             finally:
                 self._opens.discard(scope)
                 self._unread.set()
@@ -260,7 +267,7 @@ class Stream:
                 raise
         return handle
 
-    async def _open_in_turn(self, asked: float) -> Handle:
+    async def _open_in_turn(self, asked: float, sparing: bool) -> Handle:
         """Who waited in line takes the failure of an attempt that began after it came: else each in a long line would
         wait anew for a source that does not answer."""
         async with self._opening:
@@ -268,17 +275,17 @@ class Stream:
                 raise again(self._refused[1])
             began, self._refused = time.monotonic(), None
             try:
-                return Handle(self, await self._current())
+                return Handle(self, await self._current(sparing), sparing=sparing)
             except StreamfsError as error:
                 self._refused = (began, error)
                 raise
 
-    async def _current(self) -> Generation:
+    async def _current(self, sparing: bool) -> Generation:
         try:
             while True:
                 generation = self.generation or await self._revive()
                 if generation is None or not await self._is_current(generation):
-                    generation = await self._renew()
+                    generation = await self._renew(SPARING if sparing else FIRST_AHEAD)
                 if self._ended is not None:
                     raise again(self._ended)  # `aclose` follows and takes care of what is here
                 if generation is self.generation:
@@ -325,6 +332,7 @@ class Stream:
 
     async def _revive(self) -> Generation | None:
         """The generation that an earlier run recorded, where its bytes can be used."""
+        used = self.context.cache.last_used(self.entry.id)
         try:
             recording = await self.context.cache.wake_dormant(self.entry.id, self.key)
         except Damaged as error:
@@ -361,6 +369,7 @@ class Stream:
             self.context.cache.discard(recording)
             return None
         generation.validated = float("-inf")
+        generation.used = used
         self._install(generation)
         return generation
 
@@ -370,13 +379,13 @@ class Stream:
         options = self.entry.spec.options
         return not (self.is_url or self.entry.persist or options.window is not None or options.eager)
 
-    async def _renew(self) -> Generation:
-        """A new generation, from a new run or request."""
+    async def _renew(self, first: int) -> Generation:
+        """A new generation, from a new run or request, which asks a ranged source for its `first` bytes."""
         options = self.entry.spec.options
         body: Body | None = None
         facts = Facts()
         if self.is_url:
-            body = await self.source.open(0, FIRST_AHEAD, None)
+            body = await self.source.open(0, first, None)
             facts = body.facts
         if options.size is not None:
             if body is not None and facts.size not in (None, options.size):
@@ -389,7 +398,7 @@ class Stream:
         generation = Generation(self, self._last_number, facts)
         self._install(generation)
         if body is not None:
-            generation.begin(body)
+            generation.begin(body, first)
             self._learned(facts)
         return generation
 

@@ -15,6 +15,7 @@ from streamfs.engine.fetches import (
     MOST_GAP,
     OPEN_ENDED,
     REORDER,
+    SPARING,
     Fetch,
     FetchPlan,
 )
@@ -297,3 +298,25 @@ def test_a_fetch_without_read_ahead_that_is_read_on_while_it_runs_gets_some() ->
     brought(fetch)
     assert plan.demand(50 * MIB + 4 * KIB, 50 * MIB + 8 * KIB) is None
     assert fetch.limit == 50 * MIB + 8 * KIB + FIRST_AHEAD
+
+
+def test_a_sparing_reader_gets_what_it_asks_for_and_nothing_ahead() -> None:
+    plan = plan_of()
+    opening = plan.first(SPARING)
+    assert (opening.limit, opening.window()) == (SPARING, SPARING)
+    assert plan.demand(0, 4096, sparing=True) is None
+    assert opening.limit == SPARING
+    opening.position = SPARING
+    assert plan.demand(SPARING, 2 * SPARING, sparing=True) is None
+    assert opening.limit == 2 * SPARING
+    far = plan.demand(10 * MIB, 10 * MIB + 4096, sparing=True)
+    assert far is not None
+    assert far.limit == 10 * MIB + SPARING
+
+
+def test_a_reader_after_a_sparing_one_gets_its_read_ahead() -> None:
+    plan = plan_of()
+    opening = plan.first(SPARING)
+    opening.position = SPARING
+    assert plan.demand(SPARING, SPARING + 4096) is None
+    assert opening.limit == SPARING + 4096 + FIRST_AHEAD

@@ -22,7 +22,17 @@ SOURCE = "streamfs"
 """The first field of a line in fstab: what the kernel names as the source of the mount, so that `mount -a` finds it."""
 USAGE, FAILED = 1, 32  # exit codes, as in mount(8)
 
-_VALUES = ("memory", "spill-threshold", "cache-dir", "cache-size", "ttl", "read-ahead", "log-level", "log-format")
+_VALUES = (
+    "memory",
+    "spill-threshold",
+    "cache-dir",
+    "cache-size",
+    "ttl",
+    "read-ahead",
+    "scanners",
+    "log-level",
+    "log-format",
+)
 _FLAGS = {"allow_other": "--allow-other", "ro": "--read-only", "rw": None}
 _OWNER = ("uid", "user")
 _OF_MOUNT = "defaults auto noauto user nouser users nousers owner noowner group nogroup nofail _netdev"

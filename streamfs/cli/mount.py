@@ -38,6 +38,11 @@ _LOOK = 0.05  # seconds between two looks at the mount table, which tells nobody
 )
 @click.option("--ttl", type=types.DURATION, help="How long unused bytes are kept. [default: 1h]")
 @click.option("--read-ahead", type=types.SIZE, help="How far to fetch past the furthest reader. [default: 8MiB]")
+@click.option(
+    "--scanners",
+    type=types.NAMES,
+    help="Programs, or 'none', for which nothing is read ahead and nothing kept. [default: thumbnailers, indexers]",
+)
 @click.option("--read-only", is_flag=True, default=None, help="Refuse rm, mv and setfattr inside the mount.")
 @click.option("--log-level", type=click.Choice(LEVELS), help="The least that 'streamfs logs' shows. [default: info]")
 @click.option("--log-format", type=click.Choice(FORMATS), help="Lines of text, or an object a line. [default: text]")

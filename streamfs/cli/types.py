@@ -56,6 +56,13 @@ def _check_window(text: str) -> str:
     return text.strip()
 
 
+def _parse_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if any("/" in name for name in names):
+        raise InvalidRequest("programs are given by their names, without folders")
+    return () if names == ("none",) else names
+
+
 class StreamName(Checked):
     """The name of a stream, completed by the shell from those that are registered."""
 
@@ -103,6 +110,7 @@ DURATION_OR_NONE = Checked("duration", _or_none(parse_duration))
 WINDOW = Checked("window", _check_window)
 HEADER = Checked("'name: value'", _parse_header, "\n")
 VARIABLE = Checked("name=value", _parse_variable, "\n")
+NAMES = Checked("names", _parse_names)
 PROXY = Checked("url", check_proxy)
 NAME = Checked("name", check_name)
 STREAM = StreamName()

@@ -15,6 +15,8 @@ from collections import deque
 
 FIRST_AHEAD = 128 * 1024
 """Bytes of the first request at a place: the kernel's default read-ahead, which is what one read call brings here."""
+SPARING = 64 * 1024
+"""Bytes that a reader who looks at many files and reads on in few (thumbnailers, indexers) costs at a place."""
 OPEN_ENDED = 4 * 1024 * 1024
 """From this read-ahead on, a request asks for everything up to the end: a reader that got here reads on."""
 MOST_FETCHES = 8
@@ -66,14 +68,20 @@ class FetchPlan:
         self._jumps = 0  # fetches begun in a row from which nobody read on
         self._left: deque[int] = deque(maxlen=MOST_FETCHES)  # where the latest of those without read-ahead ended
 
-    def first(self) -> Fetch:
-        """The fetch of an opening request, from 0."""
+    def first(self, size: int = FIRST_AHEAD) -> Fetch:
+        """The fetch of an opening request, from 0, which asked for `size` bytes of a ranged source."""
+        if size < FIRST_AHEAD and self.ranged and not self.greedy:
+            return self._begin(0, 0, size, 0)
         return self._start(0, 0)  # nobody has read anything yet
 
-    def demand(self, missing: int, stop: int) -> Fetch | None:
+    def demand(self, missing: int, stop: int, *, sparing: bool = False) -> Fetch | None:
         """A reader waits for `missing`..stop. A new Fetch is to be run; None: one under way will do, or, where all
-        MOST_FETCHES are busy, the reader asks again when one has ended."""
+        MOST_FETCHES are busy, the reader asks again when one has ended. `sparing`: nothing is to be read ahead."""
         near = self._nearest(missing)
+        if near is not None and sparing:
+            near.wanted = max(near.wanted, stop)
+            near.limit = None if near.limit is None else max(near.limit, stop)
+            return None
         if near is not None:
             self._jumps = 0
             if near.position - near.start >= near.ahead:
@@ -82,6 +90,8 @@ class FetchPlan:
             return None
         if self.crowded:
             return None
+        if sparing and self.ranged and not self.greedy:
+            return self._begin(missing, stop, max(stop, missing + SPARING), 0)
         if any(left <= missing <= left + self._gap for left in self._left):
             self._jumps = 0
         self._jumps += 1
@@ -153,7 +163,10 @@ class FetchPlan:
         ahead = FIRST_AHEAD if self.ranged and not self.greedy else self.read_ahead
         if self.ranged and not self.greedy and self._jumps > MANY_JUMPS:
             ahead = 0
-        fetch = Fetch(start, stop, None if self.greedy else max(stop, start + ahead), ahead)
+        return self._begin(start, stop, None if self.greedy else max(stop, start + ahead), ahead)
+
+    def _begin(self, start: int, stop: int, limit: int | None, ahead: int) -> Fetch:
+        fetch = Fetch(start, stop, limit, ahead)
         self.fetches.append(fetch)
         return fetch
 

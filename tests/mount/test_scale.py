@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from streamfs.spec import CommandSource, StreamOptions, StreamSpec, UrlSource
-from tests.mount.crowd import SIZE, StallingOrigin, register
+from tests.mount.crowd import StallingOrigin, register
 from tests.mount.mounted import Mounted, checked
+from tests.mount.origin import ScriptedOrigin
 from tests.mount.test_memory import resident
 
 SOAK = int(os.environ.get("STREAMFS_SOAK", "1"))
@@ -87,12 +89,25 @@ def test_a_hundred_thousand_streams_can_be_listed_without_a_request(unmounted: M
 SLACK = 512 * 1024
 """Bytes a file may cost besides what is read of it: what the kernel and the fetch have asked for ahead."""
 _SCAN = 64 * 1024
+_SCANNER = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+def scan(path):
+    with open(path, "rb", buffering=0) as file:
+        return len(file.read(int(sys.argv[1])))
+with ThreadPoolExecutor(4) as threads:
+    print(sum(threads.map(scan, sys.stdin.read().splitlines())))
+"""
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
-def test_a_scanner_fetches_little_more_than_it_reads(unmounted: Mounted) -> None:
-    origin, count = StallingOrigin(), 10_000 if SOAK > 1 else 1000
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("program", "slack"), [("anything", SLACK), ("tumblerd", 0)])
+def test_a_scanner_fetches_little_more_than_it_reads(
+    program: str, slack: int, unmounted: Mounted, tmp_path: Path
+) -> None:
+    """A thumbnailer, known by its name, fetches not a byte more."""
+    origin, count = StallingOrigin(), 10_000 if SOAK > 1 else 500
     try:
         specs = [
             StreamSpec(name=f"s{number}", source=UrlSource(origin.url(f"plays/{number}")), options=QUIET)
@@ -100,16 +115,36 @@ def test_a_scanner_fetches_little_more_than_it_reads(unmounted: Mounted) -> None
         ]
         register(unmounted.home, specs)
         unmounted.mount()
-
-        def scan(spec: StreamSpec) -> int:
-            with (unmounted.mountpoint / spec.name).open("rb", buffering=0) as file:
-                return len(file.read(_SCAN))
-
-        with ThreadPoolExecutor(4) as scanners:
-            assert sum(scanners.map(scan, specs)) == count * _SCAN
-        fetched = sum(unmounted.buffered(spec.name) for spec in specs)
-        print(f"{count} files of {SIZE} bytes: {fetched // count} bytes each fetched, {origin.requests} requests")
-        assert fetched <= count * (_SCAN + SLACK)
-        assert origin.sent <= count * (_SCAN + SLACK)
+        scanner = unmounted.start([named(program, tmp_path), "-c", _SCANNER, str(_SCAN)], stdin=-1)
+        paths = "".join(f"{unmounted.mountpoint / spec.name}\n" for spec in specs)
+        output, errors = scanner.communicate(paths.encode(), timeout=600)
+        assert output == b"%d\n" % (count * _SCAN), errors.decode()
+        fetched = sum(row["buffered"] for row in json.loads(unmounted.run("ls", "--json").stdout)["streams"])
+        print(f"{program}: {fetched // count} bytes of each of {count} files fetched, {origin.requests} requests")
+        assert fetched <= count * (_SCAN + slack)
+        assert origin.sent <= count * (_SCAN + slack)
     finally:
         origin.stop()
+
+
+def named(name: str, folder: Path) -> Path:
+    """A Python that calls itself so."""
+    interpreter = folder / name
+    interpreter.symlink_to(sys.executable)
+    return interpreter
+
+
+def test_what_only_a_scanner_has_read_goes_first(unmounted: Mounted, origin: ScriptedOrigin, tmp_path: Path) -> None:
+    """The film that somebody watched stays, though the thumbnailer came later and read as much."""
+    unmounted.mount("--memory", "4MiB", "--spill-threshold", "64KiB", "--cache-size", "16MiB", "--scanners", "looker,x")
+    film = origin.add("film", 8 * MIB)
+    assert checked(["cat", unmounted.add("film", film.url)]) == film.bytes()
+    looker = named("looker", tmp_path)
+    read = "import sys; print(len(open(sys.argv[1], 'rb').read()))"
+    for number in range(6):
+        scanned = origin.add(f"scanned{number}", 4 * MIB)
+        path = unmounted.add(f"scanned{number}", scanned.url)
+        assert checked([looker, "-c", read, path]) == b"%d\n" % scanned.size
+    requests = film.bodies
+    assert checked(["cat", unmounted.mountpoint / "film"]) == film.bytes()
+    assert film.bodies == requests, "it was evicted"
