@@ -58,6 +58,7 @@ _MOUNT: dict[str, Callable[[Any], Any]] = {
     "cache_size": reading.size_or_none,
     "ttl": reading.duration,
     "read_ahead": reading.size,
+    "scanners": reading.programs,
     "read_only": reading.flag,
     "log_level": _one_of(tuple(LEVELS)),
     "log_format": _one_of(tuple(FORMATS)),

@@ -334,7 +334,12 @@ class _Life:
             self._leaving.set()
 
     async def until_detached(self, device: tuple[int, int]) -> None:
-        await mounting.until_detached(device)
+        """Leave once our mount table names the mount no more, whoever took it away. After a lazy unmount the kernel
+        goes on with the mount for those inside it, and does not tell its daemon."""
+        with mounting.changes() as changes:
+            while await trio.to_thread.run_sync(mounting.is_listed, device):
+                await trio.lowlevel.wait_readable(changes.fileno())
+                changes.poll(0)
         log.info("ending: the mount was taken away")
         self._leaving.set()
 

@@ -12,8 +12,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import trio
-
 from streamfs import mounts
 from streamfs.errors import Busy, InvalidRequest, NotPermitted, StreamfsError
 
@@ -76,24 +74,16 @@ def is_mounted(mountpoint: Path) -> bool:
     return there is not None and there.is_streamfs
 
 
-async def until_detached(device: tuple[int, int]) -> None:
-    """Return once our mount table names the mount no more, whoever took it away. After a lazy unmount the kernel goes
-    on with the mount for those inside it, and does not tell its daemon."""
-    with _mount_changes() as changes:
-        while await trio.to_thread.run_sync(_is_listed, device):
-            await trio.lowlevel.wait_readable(changes.fileno())
-            changes.poll(0)
-
-
 @contextlib.contextmanager
-def _mount_changes() -> Iterator[select.epoll]:
+def changes() -> Iterator[select.epoll]:
     """What becomes readable with each change of our mount table."""
-    with open("/proc/self/mountinfo", "rb") as table, select.epoll() as changes:
-        changes.register(table.fileno(), select.EPOLLPRI)
-        yield changes
+    with open("/proc/self/mountinfo", "rb") as table, select.epoll() as told:
+        told.register(table.fileno(), select.EPOLLPRI)
+        yield told
 
 
-def _is_listed(device: tuple[int, int]) -> bool:
+def is_listed(device: tuple[int, int]) -> bool:
+    """Whether our mount table names a mount of the device."""
     return any(mount.device == device for mount in mounts.mounts())
 
 

@@ -86,6 +86,17 @@ def size(value: Any) -> int:
     return value
 
 
+def programs(value: Any) -> tuple[str, ...]:
+    """Names of programs, from a list or a text with commas; "none" for no program."""
+    listed = value.split(",") if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise InvalidRequest(f"names of programs are needed, not {_kind(value)}")
+    names = tuple(name.strip() for name in listed if name.strip())
+    if any("/" in name for name in names):
+        raise InvalidRequest("programs are given by their names, without folders")
+    return () if names == ("none",) else names
+
+
 def size_or_none(value: Any) -> int | None:
     return None if _is_none(value) else size(value)
 

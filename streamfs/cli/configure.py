@@ -14,7 +14,7 @@ from streamfs.cli.registry import open_registry
 from streamfs.config import FILE_NAME, described, load, read
 from streamfs.errors import AlreadyExists, NotFound
 from streamfs.home import Home
-from streamfs.spec import redact_url
+from streamfs.spec import SCANNERS, redact_url
 
 TEMPLATE = """\
 # streamfs: options of the mount, and defaults of streams. Names are those of the options of 'streamfs add' and
@@ -31,6 +31,7 @@ TEMPLATE = """\
 # cache-size = "10GiB"             # or "none"
 # ttl = "1h"
 # read-ahead = "8MiB"
+# scanners = "@SCANNERS@"
 # allow-other = false
 # read-only = false
 # log-level = "info"
@@ -68,7 +69,7 @@ TEMPLATE = """\
 
 # [stream."radio/one.mp3"]
 # window = "1d"
-"""
+""".replace("@SCANNERS@", ", ".join(SCANNERS))
 
 
 @click.group()

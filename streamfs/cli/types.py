@@ -9,6 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from streamfs.errors import InvalidRequest
+from streamfs.options import programs
 from streamfs.spec import TRANSFORMS, check_name, check_proxy, parse_duration, parse_size, parse_window
 
 
@@ -54,13 +55,6 @@ def _parse_variable(text: str) -> tuple[str, str]:
 def _check_window(text: str) -> str:
     parse_window(text)
     return text.strip()
-
-
-def _parse_names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if any("/" in name for name in names):
-        raise InvalidRequest("programs are given by their names, without folders")
-    return () if names == ("none",) else names
 
 
 class StreamName(Checked):
@@ -110,7 +104,7 @@ DURATION_OR_NONE = Checked("duration", _or_none(parse_duration))
 WINDOW = Checked("window", _check_window)
 HEADER = Checked("'name: value'", _parse_header, "\n")
 VARIABLE = Checked("name=value", _parse_variable, "\n")
-NAMES = Checked("names", _parse_names)
+NAMES = Checked("names", programs)
 PROXY = Checked("url", check_proxy)
 NAME = Checked("name", check_name)
 STREAM = StreamName()
