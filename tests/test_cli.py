@@ -442,6 +442,23 @@ def test_save_copies_all_and_leaves_nothing_else(
     assert list(dest.parent.iterdir()) == [dest]
 
 
+def test_a_saved_file_and_its_folder_are_synced_in_that_order(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mnt/a").write_bytes(b"all of it")
+    (tmp_path / "out").mkdir()
+    dest, order = tmp_path / "out" / "dest", []
+    real = os.fsync
+
+    def note(fd: int) -> None:
+        order.append((Path(f"/proc/self/fd/{fd}").readlink().name.split(".part-")[0], dest.exists()))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    ok("save", "a", str(dest), capfd=capfd)
+    assert order == [("dest", False), ("out", True)]
+
+
 def test_save_replaces_a_file_and_follows_a_link(
     daemon: Daemon, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from crc32c import crc32c
 
 from streamfs.engine.ranges import RangeSet
 from streamfs.engine.recording import BLOCK, DamagedExtent, Extent, Header, Recording, disk_bytes
@@ -267,6 +268,28 @@ def test_complete_syncs_data_and_names_before_it_says_end(path, monkeypatch):
     recording.complete(SIZE)
     assert [name for name, _ in order] == [str(path), str(path.parent), str(index_of(path))]
     assert [logged - before for _, logged in order] == [0, 0, 2 * ENTRY]
+
+
+def test_what_an_older_streamfs_called_complete_is_made_durable_when_it_is_loaded(path, monkeypatch):
+    """It said END before it synced the folder, and may have been killed between the two. It had one head."""
+    whole(path)
+    raw = index_of(path).read_bytes()
+    length = (len(raw) - ENTRIES * ENTRY) // 2
+    magic, rest = b"streamfs recording 2\n", raw[length + 21 : 2 * length]
+    check = crc32c(rest[8:])
+    index_of(path).write_bytes(magic + rest[:4] + check.to_bytes(4, "little") + rest[8:] + raw[2 * length : -ENTRY])
+    synced = []
+    real = os.fsync
+
+    def note(fd: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    recording = Recording.load(path)
+    assert recording.durable and recording.unread == 0
+    assert get(recording, 0, SIZE) == DATA
+    assert synced == [str(index_of(path)), str(path.parent)]
 
 
 @pytest.mark.parametrize("gone", ["data", "index"])
