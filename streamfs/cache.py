@@ -10,10 +10,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -33,6 +36,9 @@ BACKLOG = 32 * 1024 * 1024
 a disk's pauses without starving other streams of memory."""
 FREE_FLOOR = 64 * 1024 * 1024
 """Bytes the cache leaves free on its file system, so that it is never the one that fills the disk to the brim."""
+DISK_RETRY = 5.0
+"""Seconds after which a cache directory that took no bytes is tried again."""
+_STEP = SPILL_BATCH + LARGE  # most bytes one step of spilling takes on disk
 _TTL_CHECKS = 4  # per time to live
 
 T = TypeVar("T")
@@ -106,9 +112,16 @@ class Cache:
         self._numbers: dict[int, int] = {}  # the highest generation of each stream that `scan` met
         self._wanted = trio.Event()  # wakes `run`
         self._moved = trio.Event()  # wakes who waits for memory; replaced at each use
+        self._begun = self._done = 0  # passes of `run`
+        self._promised = 0  # bytes that may be written now, and are not measured yet
+        self._promising = trio.Lock()
+        self._refusals = 0  # how often the disk took nothing
+        self._excess = False  # more may be on disk than is allowed
         self._stuck = 0  # counts passes of `run` that found nothing to move for those who wait
         self._waiting = 0  # fetches that wait for memory
         self._asked = 0  # how often one began to
+        self._sharing = 0  # fetches that wait until others have their share
+        self._moves = 0  # steps that took bytes out of memory
         self._doomed: deque[Recording | Path] = deque()  # to be removed; the first may be under way
         self._came_to_remove = trio.Event()  # wakes the task that removes; replaced each time
         self._removed = trio.Event()  # set when none is left to remove; replaced when there is
@@ -151,6 +164,8 @@ class Cache:
             self._numbers[stream_id] = number
             age = max(0.0, wall - path.stat().st_mtime)
             self._dormant[stream_id] = _Dormant(path, disk_bytes(path), now - age)
+        while self.size is not None and self.disk_used > self.size and self._evict_one():
+            pass  # the limit may be another than that of the earlier run
 
     def has_dormant(self, stream_id: int) -> bool:
         return stream_id in self._dormant
@@ -251,6 +266,16 @@ class Cache:
         if generation.buffer.memory > self.spill_threshold:
             self._wanted.set()
 
+    def released(self) -> None:
+        """Call when something may go that had to stay: its last reader has left, or it is not persisted any more."""
+        if self._excess:
+            self._wanted.set()
+
+    def recount(self) -> None:
+        """Call when what counts has changed: more may be on disk now than is allowed."""
+        self._excess = True
+        self._wanted.set()
+
     async def ready(self, generation: Cached) -> None:
         """Wait while the generation's backlog of bytes to spill is too long. Ends when the disk has caught up, or has
         turned out not to take more."""
@@ -258,14 +283,56 @@ class Cache:
         while generation.buffer.memory > limit and self.disk_error is None:
             await self._wait_for_move()
 
-    async def memory(self, generation: Cached) -> None:
-        """Wait until the pool may have a piece again. Raises NoSpace when nothing can be moved or dropped."""
+    def is_scarce_for(self, generation: Cached) -> bool:
+        """Whether the next piece of memory should be others': what cannot be had again, and therefore goes nowhere but
+        to disk, leaves a quarter of all, or three pieces, where it is past its threshold; an eighth, or two, where the
+        disk takes nothing. That is enough for those who can give back what they hold."""
+        if generation.buffer.refetchable or self.pool.used + LARGE <= self.pool.budget // 2:
+            return False
+        if generation.buffer.memory > self.spill_threshold:
+            return self._stays_over(4, 3)
+        return self.disk_error is not None and self._stays_over(8, 2)
+
+    def _stays_over(self, parts: int, pieces: int) -> bool:
+        """Whether another piece of what cannot be had again would leave others less than one of so many parts of the
+        memory, or less than so many pieces."""
+        others = min(max(self.pool.budget // parts, pieces * LARGE), self.pool.budget // 2)
+        return sum(map(_memory_for_good, self._generations)) + LARGE > self.pool.budget - others
+
+    async def share(self, generation: Cached) -> None:
+        """Call where memory `is_scarce_for` it: waits until it is not. Raises NoSpace where nothing can be moved: one
+        stream must not take the last piece from all."""
+        self._sharing += 1
+        try:
+            while self.is_scarce_for(generation):
+                moves = self._moves
+                await self._whole_pass()
+                if self._moves == moves and self.is_scarce_for(generation) and not self._evict_memory():
+                    reason = self.disk_error or "everything in memory is in use"
+                    raise NoSpace(f"no room for more bytes of this stream: {reason}")
+        finally:
+            self._sharing -= 1
+
+    async def _whole_pass(self) -> None:
+        """Wait until `run` has tried everything, from now on."""
+        target = self._begun + 1
+        while self._done < target:
+            self._wanted.set()
+            await self._moved.wait()
+
+    async def memory(self, generation: Cached) -> bool:
+        """Wait until the pool may have a piece again. Where nothing can be moved or dropped, a generation whose bytes
+        can be had again may go beyond the budget by one small piece (True), as all that is in memory of its kind is
+        being received just now; for others raises NoSpace."""
         self._waiting += 1
         self._asked += 1
         try:
-            if await self._wait_for_move():
-                reason = self.disk_error or "everything in memory is in use"
-                raise NoSpace(f"no room for more bytes of this stream: {reason}")
+            if not await self._wait_for_move():
+                return False
+            if generation.buffer.refetchable:
+                return True
+            reason = self.disk_error or "everything in memory is in use"
+            raise NoSpace(f"no room for more bytes of this stream: {reason}")
         finally:
             self._waiting -= 1
 
@@ -296,9 +363,9 @@ class Cache:
         """Write all of a complete generation to disk and make it durable. Raises NoSpace, and where the generation is
         complete no more what took its bytes away."""
         try:
-            await self._make_floor_hold(generation)
-            await self._give_recording(generation, 0)  # its size is known by now
-            await self._on_disk(generation, generation.buffer.settle_for_good)
+            async with self._room_to_settle(generation):
+                await self._give_recording(generation, 0)  # its size is known by now
+                await self._on_disk(generation, generation.buffer.settle_for_good)
         except OSError as error:
             self._disk_failed(error)
             raise NoSpace(f"cannot keep the stream in {self.directory}: {error.strerror}") from error
@@ -333,20 +400,43 @@ class Cache:
                 nursery.start_soon(self._expire)
                 nursery.start_soon(self._remove)
                 while True:
-                    await self._wanted.wait()
+                    with trio.move_on_after(DISK_RETRY if self.disk_error is not None else float("inf")) as patience:
+                        await self._wanted.wait()
                     self._wanted = trio.Event()
-                    try:
-                        await self._make_room()
-                    except Exception:
-                        # A defect here must end neither the daemon nor the wait of whoever asked for memory.
-                        log.exception("making room failed in an unforeseen way")
-                        self._stuck += 1
-                        self._announce()
+                    await self._pass(retry=patience.cancelled_caught)
         finally:
             self._token = None
             _remove_all(self._doomed)
 
+    async def _pass(self, *, retry: bool) -> None:
+        self._begun += 1
+        refusals, failed = self._refusals, self.disk_error is not None
+        try:
+            await self._make_room()
+            if retry and self.disk_error is not None and self._refusals == refusals:
+                await self._try_disk()
+            if failed and self.disk_error is None:
+                self._wanted.set()  # what was tried before it served again has its turn
+        except Exception:
+            # A defect here must end neither the daemon nor the wait of whoever asked for memory.
+            log.exception("making room failed in an unforeseen way")
+            self._stuck += 1
+        self._done = self._begun
+        self._announce()
+
+    async def _try_disk(self) -> None:
+        """Nothing had to be written: see whether the directory takes bytes again."""
+        try:
+            await trio.to_thread.run_sync(_write_a_little, self.directory, limiter=self._threads)
+        except OSError as error:
+            self._disk_failed(error)
+        else:
+            if await self._fits(_STEP, counted=True):
+                self.disk_error = None
+
     async def _make_room(self) -> None:
+        if self._excess:
+            await self._keep_within()
         tried: set[Cached] = set()
         moved, asked = False, self._asked
         while True:
@@ -355,6 +445,7 @@ class Cache:
                 break
             if await self._shrink(generation):
                 moved = True
+                self._moves += 1
             else:
                 tried.add(generation)
             self._announce()
@@ -363,34 +454,47 @@ class Cache:
         helped = moved or asked != self._asked or not self.pool.take_fails()
         if self._waiting and not helped and not self._evict_memory():
             self._stuck += 1
-        self._announce()
+
+    async def _keep_within(self) -> None:
+        """Take back what is on disk past the limit: it counts anew, or had to stay until now."""
+        while not await self._fits(0, counted=True):
+            if not self._evict_one() and not await self._reclaim():
+                return  # until somebody closes what is open
+        self._excess = False
 
     def _heaviest(self, tried: set[Cached]) -> Cached | None:
         """Who gives memory next: the one with the most, if it is past its threshold or somebody waits for memory."""
-        floor = 0 if self._waiting and self.pool.take_fails() else self.spill_threshold
-        candidates = [g for g in self._generations if g not in tried and g.buffer.memory > floor]
-        return max(candidates, key=lambda g: g.buffer.memory, default=None)
+        everybody = bool(self._waiting) and self.pool.take_fails()
+        for_good = bool(self._sharing) and self._stays_over(4, 3)
+
+        def gives(g: Cached) -> bool:
+            pressed = everybody or (for_good and not g.buffer.refetchable)
+            return g not in tried and g.buffer.memory > (0 if pressed else self.spill_threshold)
+
+        return max(filter(gives, self._generations), key=lambda g: g.buffer.memory, default=None)
 
     async def _shrink(self, generation: Cached) -> bool:
         """Move some of the generation's bytes out of memory; False where none could be."""
         pressed = bool(self._waiting) and self.pool.take_fails()
-        ahead = await self._admit(generation)
-        if ahead is not None:
-            try:
-                await self._give_recording(generation, ahead)
-                moved = await self._on_disk(generation, lambda: self._spill(generation.buffer, pressed))
-                if moved:
-                    self.disk_error = None
-                return moved > 0
-            except OSError as error:
-                self._disk_failed(error)
+        sealing = pressed or (bool(self._sharing) and not generation.buffer.refetchable)
+        most = min(generation.buffer.memory, SPILL_BATCH)  # it may grow while room is made
+        try:
+            async with self._room_to_spill(generation, most + LARGE) as ahead:
+                if ahead is not None:
+                    await self._give_recording(generation, ahead)
+                    moved = await self._on_disk(generation, lambda: self._spill(generation.buffer, most, sealing))
+                    if moved:
+                        self.disk_error = None
+                    return moved > 0
+        except OSError as error:
+            self._disk_failed(error)
         # Without a disk memory serves as long as there is some, and gives no more than it takes: readers may be
         # waiting for the rest.
         return pressed and generation.buffer.forget_memory(LARGE, all_of_it=True) > 0
 
     @staticmethod
-    def _spill(buffer: Buffer, pressed: bool) -> int:
-        return buffer.spill() or (buffer.spill(all_of_it=True) if pressed else 0)
+    def _spill(buffer: Buffer, most: int, sealing: bool) -> int:
+        return buffer.spill(most) or (buffer.spill(most, all_of_it=True) if sealing else 0)
 
     async def _give_recording(self, generation: Cached, ahead: int) -> None:
         """Raises OSError."""
@@ -412,30 +516,59 @@ class Cache:
         if recording.path is not None and (generation not in self._generations or generation in self._disowned):
             self.discard(recording)  # it was evicted meanwhile
 
-    async def _admit(self, generation: Cached) -> int | None:
-        """Make the quota and the disk have room for one more step of spilling, evicting if need be. Gives how many
-        bytes may be allocated ahead besides; None where there is no room."""
-        if generation.buffer.doomed:
-            return None
-        step = min(generation.buffer.memory, SPILL_BATCH)
+    @asynccontextmanager
+    async def _room_to_spill(self, generation: Cached, step: int) -> AsyncIterator[int | None]:
+        """For the block's time the quota and the disk have room for `step` more bytes, taken from others if need be,
+        and nobody else is promised the same. Gives how many bytes may be allocated ahead besides; None: there is no
+        room."""
+        async with self._promising:
+            ahead = None if generation.buffer.doomed else await self._admit(generation, step)
+            promised = 0 if ahead is None else step + ahead
+            self._promised += promised
+        try:
+            yield ahead
+        finally:
+            self._promised -= promised
+
+    @asynccontextmanager
+    async def _room_to_settle(self, generation: Cached) -> AsyncIterator[None]:
+        """As `_room_to_spill`, for all that a kept generation has in memory. Raises OSError where there is no room."""
+        async with self._promising:
+            while not await self._fits(promised := generation.buffer.memory, counted=False):
+                if not self._evict_one(besides=generation) and not await self._reclaim(besides=generation):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._promised += promised
+        try:
+            yield
+        finally:
+            self._promised -= promised
+
+    async def _admit(self, generation: Cached, step: int) -> int | None:
+        """Have room for `step` bytes. Gives how many may be allocated ahead besides; None where there is no room."""
+        counted = not generation.kept
         ahead = 0 if generation.windowed else step
-        while not await self._fits(step + ahead, counted=not generation.kept):
+        while not await self._fits(step + ahead, counted=counted):
             if not self._evict_one(besides=generation):
                 break
         else:
             return ahead
-        if await self._fits(step, counted=not generation.kept):
-            return 0
-        self.disk_error = self.disk_error or "the cache is full and nothing in it can go"
-        return None
+        # What could be fetched again must not take the place of what could be, too: they would go round in a circle.
+        while not await self._fits(step, counted=counted):
+            if (generation.buffer.refetchable and counted) or not await self._reclaim(besides=generation):
+                self._refuse(step, counted=counted)
+                return None
+        return 0
 
-    async def _make_floor_hold(self, generation: Cached) -> None:
-        """Evict until what a kept generation has in memory fits on the disk. Raises OSError where it does not."""
-        while not await self._fits(generation.buffer.memory, counted=False):
-            if not self._evict_one(besides=generation):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def _refuse(self, step: int, *, counted: bool) -> None:
+        self._refusals += 1
+        if counted and self.size is not None and self.disk_used + step + self._promised > self.size:
+            reason = "the cache is full and nothing in it can go"
+        else:
+            reason = f"the disk of {self.directory} is full and nothing in the cache can go"
+        self.disk_error = self.disk_error or reason
 
     async def _fits(self, step: int, *, counted: bool) -> bool:
+        step += self._promised
         if counted and self.size is not None and self.disk_used + step > self.size:
             return False
         await self.removed()  # what was evicted has its space back only then
@@ -444,6 +577,27 @@ class Cache:
         except OSError:
             return True  # writing will tell what is wrong
         return disk.f_bavail * disk.f_frsize - step >= FREE_FLOOR
+
+    async def _reclaim(self, besides: Cached | None = None) -> bool:
+        """Take some disk space back from an open stream that can fetch the bytes again, the one read least recently
+        first. False: there is none."""
+        while True:
+            giving = [
+                g
+                for g, size in self._generations.items()
+                if size and g is not besides and not g.kept and g.buffer.reclaimable
+            ]
+            oldest = min(giving, key=lambda g: g.used, default=None)
+            if oldest is None:
+                return False
+            before = self._generations[oldest]
+            try:
+                await self._on_disk(oldest, partial(oldest.buffer.reclaim, _STEP))
+            except OSError as error:
+                self._disk_failed(error)
+                return False
+            if self._generations.get(oldest, 0) < before:
+                return True
 
     def _evict_one(self, besides: Cached | None = None) -> bool:
         """Drop what was not used for longest, of what takes disk and may go. False: there is nothing."""
@@ -470,6 +624,7 @@ class Cache:
         return oldest is not None
 
     def _disk_failed(self, error: OSError) -> None:
+        self._refusals += 1
         text = f"the cache directory {self.directory} cannot be written: {error.strerror or error}"
         if text != self.disk_error:
             log.error("%s", text)
@@ -499,6 +654,10 @@ class Cache:
         self.news.tell("evicted", stream_id)
 
 
+def _memory_for_good(generation: Cached) -> int:
+    return 0 if generation.buffer.refetchable else generation.buffer.memory
+
+
 def _disk_bytes(generation: Cached) -> int:
     recording = generation.buffer.recording
     return 0 if recording is None else recording.disk_bytes
@@ -514,3 +673,9 @@ def _remove_all(doomed: deque[Recording | Path]) -> None:
         except OSError as error:
             log.warning("cannot remove %s: %s", path, error)
         doomed.popleft()
+
+
+def _write_a_little(directory: Path) -> None:
+    """Raises OSError where nothing can be written in `directory`."""
+    with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+        os.pwrite(file.fileno(), bytes(4096), 0)

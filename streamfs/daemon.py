@@ -404,9 +404,11 @@ class _Life:
         return change_and_show
 
     async def _ping(self, params: dict[str, Any]) -> Any:
-        """Who we are, and what we hold now: `tasks` under way, bytes of `memory` handed out, `open` files."""
+        """Who we are, and what we hold now: `tasks` under way, bytes of `memory` handed out, `open` files, and
+        in `disk_error` why the cache directory takes nothing."""
         return {
             "pid": os.getpid(),
+            "disk_error": self._fs.disk_error,
             "mountpoint": os.fspath(self._mountpoint),
             "version": streamfs.__version__,
             "tasks": trio.lowlevel.current_statistics().tasks_living,

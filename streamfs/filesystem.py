@@ -547,6 +547,8 @@ class FileSystem:
         if on and entry is not None and self._effective(entry.spec).options.window is not None:
             raise InvalidRequest(f"{entry.name!r} keeps only a window of its past: its whole cannot be persisted")
         self._replace_entry(await self._change(self._catalog.set_persist, stream_id, on))
+        if not on:
+            self._cache.recount()
 
     def evict(self, name: str) -> None:
         """Drop the stream's cached bytes. Raises NotFound, NotPermitted where it is persisted."""
@@ -574,6 +576,11 @@ class FileSystem:
         stream = self._stream(entry.id)
         verified = await stream.verify()
         return {"name": entry.name, "ok": verified.ok, "detail": str(verified)}
+
+    @property
+    def disk_error(self) -> str | None:
+        """Why the cache directory cannot take bytes now; None while it can."""
+        return self._cache.disk_error
 
     @property
     def open_files(self) -> int:

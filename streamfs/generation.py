@@ -404,18 +404,22 @@ class Generation:
     async def _pump(self, fetch: Fetch, body: Body, writer: Writer, stop: int | None) -> bool:
         cache, buffer = self._context.cache, self.buffer
         began, first = time.monotonic(), writer.position
+        beyond = False
         while True:
             if fetch.resting and not self._at_size(writer) and not await self._may_go_on(fetch):
                 return True
             if buffer.memory > cache.spill_threshold:
                 cache.grew(self)
                 await cache.ready(self)
+            if writer.needs_piece and cache.is_scarce_for(self):
+                await cache.share(self)
             if writer.met and not self._at_size(writer):
                 return False  # what follows is there
-            view = self._end_probe if self._at_size(writer) else writer.room()
+            view = self._end_probe if self._at_size(writer) else writer.room(beyond=beyond)
             if view is None:
-                await cache.memory(self)
+                beyond = await cache.memory(self)
                 continue
+            beyond = False
             if fetch.limit is not None:
                 view = view[: max(1, fetch.limit - fetch.position)]
             count = await body.receive_into(view)

@@ -482,6 +482,7 @@ class Stream:
             self._orphans.remove(generation)
             self.let_go(generation)
         self._unread.set()
+        self.context.cache.released()
 
     async def unread(self) -> None:
         """Wait until nobody has the stream open or waits for that; for one that was removed."""

@@ -156,6 +156,7 @@ NUMBERS = [
     f"at most `--memory` ({of_bytes(OPTIONS.memory)})",
     f"at most `--cache-size` ({of_bytes(OPTIONS.cache_size)})",
     f"leaves {of_bytes(cache.FREE_FLOOR)} of its file system free",
+    f"tried again every {cache.DISK_RETRY:g} s",
     f"nobody used for `--ttl` ({OPTIONS.ttl / 3600:g} h)",
 ]
 

@@ -233,6 +233,9 @@ def _check_daemon(home: Home) -> Iterator[Finding]:
             with client:
                 answer = client.call("ping")
             yield Finding("daemon", "ok", f"pid {answer['pid']} shows the streams at {answer['mountpoint']}")
+            if answer.get("disk_error"):
+                advice = "make room, or see to its rights: memory serves meanwhile, and the disk is tried again"
+                yield Finding("cache", "problem", str(answer["disk_error"]), advice)
             return
         with home.lock(wait=1.0):
             from streamfs.catalog import Catalog

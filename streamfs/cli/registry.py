@@ -53,6 +53,9 @@ class Registry(Protocol):
     def rename(self, old: str, new: str) -> None: ...
     def everything(self) -> list[Row]: ...
     def status(self, names: Sequence[str]) -> list[Row]: ...
+    def disk_error(self) -> str | None:
+        """Why the daemon's cache directory cannot take bytes now; None while it can."""
+
     def persist(self, names: Sequence[str], on: bool) -> None: ...
     def evict(self, names: Sequence[str], every: bool) -> None: ...
     def verify(self, names: Sequence[str]) -> list[Row]: ...
@@ -149,6 +152,10 @@ class Live:
     def status(self, names: Sequence[str]) -> list[Row]:
         return _rows(self._client.call("status", names=names)) if names else self.everything()
 
+    def disk_error(self) -> str | None:
+        error: str | None = self._client.call("ping").get("disk_error")
+        return error
+
     def persist(self, names: Sequence[str], on: bool) -> None:
         self._client.call("persist", names=names, on=on)
 
@@ -205,6 +212,9 @@ class Offline:
 
     def status(self, names: Sequence[str]) -> list[Row]:
         return self._describe(self._chosen(names))
+
+    def disk_error(self) -> str | None:
+        return None  # nobody tries
 
     def persist(self, names: Sequence[str], on: bool) -> None:
         for entry in self._chosen(names):

@@ -58,10 +58,12 @@ def status(names: tuple[str, ...], as_json: bool, watch: bool) -> None:
     def look() -> str:
         with open_registry(Home.locate()) as registry:
             rows = registry.status(names)
-            live = registry.live
+            live, disk_error = registry.live, registry.disk_error()
         if as_json:
-            return document(rows)
+            return document(rows, disk_error=disk_error)
         text = table(rows, ("state", "size", "cached", "readers", "", "name", "error"))
+        if disk_error is not None:
+            text += f"\n(cache: {_visible(disk_error)}; memory goes on serving)"
         return text if live else f"{text}\n(no daemon runs: see 'streamfs mount')"
 
     if watch:
@@ -86,9 +88,9 @@ def _watch(look: Callable[[], str], *, whole_screen: bool) -> None:
             live.update(Text(look()), refresh=True)
 
 
-def document(rows: Sequence[Row]) -> str:
-    """The machine-readable shape, on one line, in ASCII."""
-    return json.dumps({"version": JSON_VERSION, "streams": rows})
+def document(rows: Sequence[Row], **more: str | None) -> str:
+    """The machine-readable shape, on one line, in ASCII. `more`: what is said of all streams together."""
+    return json.dumps({"version": JSON_VERSION, "streams": rows, **more})
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:

@@ -43,6 +43,7 @@ class Buffer:
         self._lock = threading.Lock()
         self._state = BufferState(size)  # GUARDED_BY _lock
         self._store = Store(pool, recording)  # GUARDED_BY _lock
+        self._pool = pool
         self._writers = 0  # GUARDED_BY _lock
         self._closed = False  # GUARDED_BY _lock
         self._disk = threading.Lock()
@@ -205,8 +206,25 @@ class Buffer:
                     view = await trio.to_thread.run_sync(settle, limiter=self._limiter())
                 if view is not None:
                     return view
-                continue
-            await self.wait_async(offset, size, demand)
+            elif self.refetchable and self._pool.take_fails():
+                return await self._read_in_parts(offset, size, demand)
+            else:
+                await self.wait_async(offset, size, demand)
+
+    async def _read_in_parts(self, offset: int, size: int, demand: Demand | None) -> memoryview:
+        """As `read_async`, while memory is so short that what is here may be dropped before the rest has come: what is
+        here is taken at once, and what comes as soon as it does."""
+        parts, end = bytearray(), offset + size
+        whole = None if demand is None else (lambda first, _: demand(first, end))
+        while (position := offset + len(parts)) < end:
+            found = self.look(position, 1)
+            if isinstance(found, Missing):
+                await self.wait_async(position, 1, whole)
+            elif isinstance(found, memoryview) and not found:
+                break  # the end
+            else:
+                parts += await self.read_async(position, max(1, self.available(position, end - position)), demand)
+        return memoryview(parts)
 
     async def wait_async(self, offset: int, size: int, demand: Demand | None = None) -> None:
         """Wait until something changed for a read of `size` at `offset`: then look again."""
@@ -310,8 +328,9 @@ class Buffer:
             self._store.recording = recording
 
     def spill(self, most: int = SPILL_BATCH, *, all_of_it: bool = False) -> int:
-        """Move about `most` bytes from memory to the recording, in whole pieces; returns how many moved, 0 where
-        nothing can. What a writer is filling stays, unless `all_of_it`; what it fills at this moment stays even then.
+        """Move about `most` bytes from memory to the recording, in whole pieces: up to a piece more. Returns how many
+        moved, 0 where nothing can. What a writer is filling stays, unless `all_of_it`; what it fills at this moment
+        stays even then.
 
         Blocks on the disk and on another thread that spills: call it from a worker thread. Reads go on meanwhile.
         Raises OSError; then the bytes stay in memory.
@@ -352,6 +371,28 @@ class Buffer:
                 past = recording.forget_before(floor) if recording is not None else 0
             if recording is not None:
                 recording.punch(past)
+
+    @property
+    def reclaimable(self) -> bool:
+        """Whether some bytes rest on disk that the source can give again."""
+        recording = self._store.recording
+        return self.refetchable and recording is not None and not recording.empty
+
+    def reclaim(self, most: int) -> int:
+        """Give back the disk space of about `most` bytes, lowest offsets first, without keeping them anywhere; returns
+        how many. Only where the source can give them again. Blocks on the disk: call it from a worker thread. Raises
+        OSError where the index cannot be written; the bytes are gone even then."""
+        with self._disk:
+            with self._lock:
+                recording = self._store.recording
+                if recording is None or not self.refetchable:
+                    return 0
+                dropped = recording.drop_first(most)
+                for extent in dropped:
+                    self._state.present.discard(extent.start, extent.stop)
+            recording.log_drops()
+            recording.release(dropped)
+        return sum(extent.stop - extent.start for extent in dropped)
 
     def forget_memory(self, most: int = SPILL_BATCH, *, all_of_it: bool = False) -> int:
         """Drop about `most` bytes from memory, in whole pieces, without writing them anywhere; returns how many. Only
@@ -433,8 +474,15 @@ class Writer:
         self.start = position
         self.position = position
 
-    def room(self) -> memoryview | None:
-        """Memory for the next bytes, at least one. None where the pool is spent: make room, then ask again.
+    @property
+    def needs_piece(self) -> bool:
+        """Whether the next byte needs another piece of memory."""
+        segment = self._segment
+        return segment is None or segment.sealed
+
+    def room(self, *, beyond: bool = False) -> memoryview | None:
+        """Memory for the next bytes, at least one. None where the pool is spent: make room, then ask again, or go
+        `beyond` its budget by one small piece.
 
         The view ends where bytes that are present begin, and at the size; `met` tells when there is none, and the
         view is empty then. Raises Closed, or what else doomed the buffer, once nothing can be read any more.
@@ -446,7 +494,7 @@ class Writer:
             limit = self._limit()
             if self._overtaken or (limit is not None and limit <= self.position):
                 return memoryview(b"")
-            segment = buffer._store.room(self._segment, self.position, self.position - self.start)
+            segment = buffer._store.room(self._segment, self.position, self.position - self.start, beyond=beyond)
             if segment is None:
                 return None
             self._segment = segment

@@ -17,7 +17,7 @@ LARGE = 1024 * 1024
 
 
 class Pool:
-    """Pieces of SMALL or LARGE bytes; all of them together stay within `budget` bytes.
+    """Pieces of SMALL or LARGE bytes; all of them together stay within `budget` bytes, but for what is taken `beyond`.
 
     Thread-safe; its lock is a leaf: nothing else is locked and nothing waits while it is held. `on_give` is
     called without this lock, from whichever thread gave a piece back and perhaps under a buffer's lock, so that who
@@ -31,7 +31,7 @@ class Pool:
         self.on_give = on_give
         self._lock = threading.Lock()
         self._free: dict[int, list[bytearray]] = {SMALL: [], LARGE: []}  # GUARDED_BY _lock
-        self._used = 0  # GUARDED_BY _lock. INVARIANT: _used + _idle <= budget
+        self._used = 0  # GUARDED_BY _lock. INVARIANT: _idle is 0 where _used is past the budget
         self._idle = 0  # GUARDED_BY _lock
 
     @property
@@ -39,15 +39,16 @@ class Pool:
         """Bytes in pieces that are handed out."""
         return self._used
 
-    def take(self, size: int) -> bytearray | None:
-        """A piece of `size` (SMALL or LARGE) bytes with undefined content; None where the budget is spent."""
+    def take(self, size: int, *, beyond: bool = False) -> bytearray | None:
+        """A piece of `size` (SMALL or LARGE) bytes with undefined content; None where the budget is spent, unless
+        the caller may go `beyond` it."""
         with self._lock:
             free = self._free[size]
             if free:
                 self._idle -= size
                 self._used += size
                 return free.pop()
-            if self._used + size > self.budget:
+            if self._used + size > self.budget and not beyond:
                 return None
             self._shed(self._used + self._idle + size - self.budget)
             self._used += size
@@ -58,8 +59,9 @@ class Pool:
         size = len(piece)
         with self._lock:
             self._used -= size
-            self._idle += size
-            self._free[size].append(piece)
+            if self._used + self._idle + size <= self.budget:
+                self._idle += size
+                self._free[size].append(piece)
         if self.on_give is not None:
             self.on_give()
 

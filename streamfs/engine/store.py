@@ -100,16 +100,16 @@ class Store:
 
     # Writing
 
-    def room(self, segment: Segment | None, position: int, run: int) -> Segment | None:
+    def room(self, segment: Segment | None, position: int, run: int, *, beyond: bool = False) -> Segment | None:
         """A segment that takes the bytes from `position` on: the writer's own `segment` while it has room, or a new
         one; None where the pool has no piece left. Nothing is stored until `wrote`, and the segment is the writer's
         until `leave`.
 
-        `run`: how many bytes the writer brought before, in one go.
+        `run`: how many bytes the writer brought before, in one go. `beyond`: a small piece may go past the budget.
         """
         if segment is None or segment.sealed:
-            size = LARGE if run >= _SMALL_PIECES_FIRST and position % LARGE == 0 else SMALL
-            piece = self._pool.take(size)
+            size = LARGE if run >= _SMALL_PIECES_FIRST and position % LARGE == 0 and not beyond else SMALL
+            piece = self._pool.take(size, beyond=beyond)
             if piece is None:
                 return None
             segment = Segment(position, piece, size - position % size)
@@ -192,8 +192,9 @@ class Store:
     def take_spillable(
         self, most: int, *, all_of_it: bool = False, lent: bool = False, oldest: bool = False
     ) -> list[Segment]:
-        """Segments with about `most` bytes to write to disk or to drop: whole ones, lowest offsets first, as many as
-        it takes to reach `most`. They stay as they are until `spilled`, `not_spilled` or `drop_memory`.
+        """Segments in pieces of about `most` bytes to write to disk or to drop: whole ones, lowest offsets first, as
+        many as it takes to reach `most`; on disk they take no more than their pieces do. They stay as they are until
+        `spilled`, `not_spilled` or `drop_memory`.
 
         Segments that are still being filled are left out, unless `all_of_it`; then they are sealed. Those whose
         writer is filling them at this moment are left out even so, unless `lent`: their piece stays with the writer.
@@ -208,7 +209,7 @@ class Store:
             segment.sealed = segment.sealed or not segment.lent
             segment.spilling = True
             chosen.append(segment)
-            most -= segment.filled
+            most -= len(segment.piece)
         return chosen
 
     def spilled(self, runs: Sequence[tuple[Segment, int]], extents: Sequence[Extent]) -> None:

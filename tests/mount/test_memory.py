@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,55 @@ def test_memory_stays_within_the_budget_while_many_streams_are_read(unmounted: M
         assert output.split()[0] == expected
     # Over the budget: what twenty processes, their pipes' buffers and the allocator cost.
     assert resident(pid, "VmHWM") <= before + (64 + 48) * MIB
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 MiB, of which the cache leaves 64 free."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a file system")
+    path = tmp_path / "disk"
+    path.mkdir()
+    checked(["mount", "-t", "tmpfs", "-o", "size=96m,mode=0700", "tmpfs", path])
+    yield path
+    checked(["umount", "-l", path])
+
+
+def test_a_disk_that_takes_nothing_is_told_and_holds_up_nobody(
+    unmounted: Mounted, origin: ScriptedOrigin, small_disk: Path
+) -> None:
+    other = small_disk / "other"
+    other.write_bytes(bytes(40 * MIB))  # another program has taken more than the cache would leave
+    unmounted.mount("--memory", "16MiB", "--spill-threshold", "1MiB", "--cache-dir", str(small_disk / "cache"))
+    tell = json.loads(unmounted.run("status", "--json").stdout)
+    assert tell["disk_error"] is None
+    ranged = origin.add("ranged", 24 * MIB)
+    path = unmounted.add("ranged", ranged.url)
+    assert checked(["cat", path]) == ranged.bytes()
+    tell = json.loads(unmounted.run("status", "--json").stdout)
+    assert str(small_disk) in tell["disk_error"]
+    assert str(small_disk) in unmounted.run("status").stdout
+    findings = json.loads(unmounted.run("doctor", "--json", check=False).stdout)["findings"]
+    assert [finding["state"] for finding in findings if finding["check"] == "cache"] == ["problem"]
+
+    block = os.urandom(MIB)
+    (small_disk.parent / "block").write_bytes(block)
+    hog = unmounted.add("hog", "--shell", f"while cat {small_disk.parent / 'block'}; do :; done")
+    with hog.open("rb", buffering=0) as file:
+        read = 0
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            while True:
+                assert file.read(MIB) == block
+                read += 1
+        assert read >= 8
+        assert checked(["cat", path]) == ranged.bytes()
+        small = unmounted.add("small", "--", "seq", "100000")
+        assert checked(["cat", small]) == b"".join(b"%d\n" % number for number in range(1, 100_001))
+        file.seek(0)
+        assert file.read(MIB) == block
+    other.unlink()
+    wait_for(lambda: json.loads(unmounted.run("status", "--json").stdout)["disk_error"] is None, "the disk serves")
+    assert checked(["cat", path]) == ranged.bytes()
 
 
 _COUNTING = """
