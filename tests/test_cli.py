@@ -325,7 +325,7 @@ def test_ctrl_c_ends_watching_with_130(home: Home) -> None:
         [PROGRAM, "status", "--watch", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
-    assert json.loads(child.stdout.readline()) == {"version": 1, "streams": []}
+    assert json.loads(child.stdout.readline()) == {"version": 1, "streams": [], "disk_error": None}
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=10)
     assert (child.returncode, err) == (130, "streamfs: interrupted\n")
