@@ -23,6 +23,7 @@ from streamfs.spec import MountOptions
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
 README = (ROOT / "README.md").read_text()
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
 PAGE, PROOFS = SEMANTICS.split("\n## The tests\n")
 LABEL = re.compile(r"\[\^([a-z-]+)\]")
@@ -101,13 +102,15 @@ def test_every_attribute_that_the_pages_name_exists() -> None:
 def test_every_option_is_documented(command: str) -> None:
     for parameter in cli.commands[command].params:
         if isinstance(parameter, click.Option):
-            named = [option for option in parameter.opts if re.search(rf"`[^`]*{option}\b[^`]*`", README + PAGE)]
+            named = [
+                option for option in parameter.opts if re.search(rf"`[^`]*{option}\b[^`]*`", README + REFERENCE + PAGE)
+            ]
             assert named, f"neither page names {parameter.opts}"
 
 
 def test_every_option_that_the_pages_name_exists() -> None:
     known = {option for command in cli.commands.values() for parameter in command.params for option in parameter.opts}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README + PAGE))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README + REFERENCE + PAGE))
     assert named <= known | {"--help"}, named - known
 
 
@@ -184,8 +187,8 @@ def test_both_transports_take_the_same_number_of_connections() -> None:
         ("--cache-size", f"{of_bytes(OPTIONS.cache_size)}, {OPTIONS.ttl / 3600:g}h"),
     ],
 )
-def test_the_defaults_of_the_readme_are_those_of_the_code(option: str, default: str) -> None:
-    row = next(line for line in README.splitlines() if line.startswith("| `--") and option in line)
+def test_the_defaults_of_the_reference_are_those_of_the_code(option: str, default: str) -> None:
+    row = next(line for line in REFERENCE.splitlines() if line.startswith("| `--") and option in line)
     assert row.split("|")[-2].strip() == re.sub(r"(\d) ([KMG]iB)", r"\1\2", default)
 
 
