@@ -11,8 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from streamfs.cli.helper import parse_options
+from streamfs.cli.mount import mount
 from tests.mount.namespace import SCRATCH, run_in_namespace
 
 pytestmark = [
@@ -49,6 +52,7 @@ streamfs ls
 umount "{folder}"
 gone {home}
 ls "{folder}"
+cd {SCRATCH} && mkdir streamfs      # mount(8) makes a path of the source where it finds one
 mount -t streamfs streamfs "{folder}" -o home={home},ro && cat "{folder}/numbers" | tail -n 1
 touch "{folder}/x" 2>&1 | grep -c 'Read-only' || true
 umount "{folder}"
@@ -181,6 +185,15 @@ def test_a_trial_says_what_would_be_done() -> None:
     assert done.stdout.strip().endswith(
         "as root: streamfs mount /srv/streams --memory=1MiB --cache-dir=/srv/a,b --allow-other --read-only"
     )
+
+
+def test_every_option_of_mount_can_stand_in_fstab() -> None:
+    for parameter in mount.params:
+        if isinstance(parameter, click.Option) and "--foreground" not in parameter.opts:
+            (name,) = (option.removeprefix("--") for option in parameter.opts)
+            special = {"allow-other": "allow_other", "read-only": "ro"}
+            known = parse_options(special.get(name) or f"{name}=x")
+            assert known.arguments == ([f"--{name}"] if parameter.is_flag else [f"--{name}=x"])
 
 
 def test_sloppy_passes_over_what_it_does_not_know() -> None:
