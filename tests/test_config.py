@@ -77,6 +77,12 @@ def test_commands_get_what_is_not_about_requests() -> None:
     assert options == StreamOptions(cwd="/", env={"A": "b"}, stall_timeout=5.0, window="1h")
 
 
+@pytest.mark.parametrize("host", ["[::1]", "[::1]:8080", "::1"])
+def test_hosts_may_be_addresses(host: str) -> None:
+    config = config_of(f'[host."{host}"]\nuser-agent = "x"\n')
+    assert config.effective(stream(url="http://[::1]:8080/")).options.user_agent == "x"
+
+
 def test_a_window_excludes_waiting_and_keeping() -> None:
     config = config_of('[defaults]\nsize-policy = "wait"\npersist = true\n[folder.r]\nwindow = "1h"\n')
     assert config.effective(stream("r/x")).options.size_policy == "zero"

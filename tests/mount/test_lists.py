@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from tests.mount.mounted import CLI, Mounted, names_in, wait_for
 from tests.mount.origin import ScriptedOrigin
+from tests.servers import nginx
 
 MANY = 10_000
 SECONDS = 30.0
@@ -69,6 +72,35 @@ def test_a_playlist_from_a_server_names_what_is_beside_it(fs: Mounted, origin: S
     fs.run("import", listing.url, "--skip-bad")
     assert listed(fs) == ["A song.mp3"]
     assert (fs.mountpoint / "A song.mp3").read_bytes() == song.bytes()
+
+
+def test_references_start_where_redirects_led_to(fs: Mounted, tmp_path: Path) -> None:
+    (tmp_path / "served" / "deep").mkdir(parents=True)
+    (tmp_path / "served" / "deep" / "list.m3u").write_text("song.mp3\n")
+    (tmp_path / "served" / "deep" / "song.mp3").write_text("la")
+    with nginx(tmp_path / "served", locations="location = /moved { return 302 /deep/list.m3u; }") as server:
+        fs.run("import", f"http://{server.authority}/moved", "--format", "m3u")
+        assert (fs.mountpoint / "song.mp3").read_text() == "la"
+
+
+def test_progress_shows_on_a_terminal_alone(fs: Mounted, origin: ScriptedOrigin, tmp_path: Path) -> None:
+    feed = origin.add("feed.xml", data=b"<rss><channel><title>S</title></channel></rss>")
+    episode = origin.add("feed2.xml", data=b'<rss><channel><item><enclosure url="a.mp3"/></item></channel></rss>')
+    opml = tmp_path / "pods.opml"
+    opml.write_text(f'<opml><body><outline xmlUrl="{feed.url}"/><outline xmlUrl="{episode.url}"/></body></opml>')
+    assert fs.run("import", opml, "--dry-run").stderr == ""
+    master, slave = pty.openpty()
+    try:
+        done = subprocess.run(
+            [*CLI, "import", str(opml)], env=fs.environment | {"TERM": "xterm"}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=slave, timeout=30, check=False,
+        )  # fmt: skip
+        shown = os.read(master, 65536)
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert (done.returncode, done.stdout) == (0, b"1 added\n")
+    assert b"feeds" in shown
 
 
 def test_podcasts_come_with_their_episodes(fs: Mounted, origin: ScriptedOrigin, tmp_path: Path) -> None:
