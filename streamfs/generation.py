@@ -257,7 +257,7 @@ class Generation:
         """Make the complete bytes durable. Raises as Cache.settle."""
         await self._context.cache.settle(self)
         self._settled = True
-        self._keep_digest()
+        await trio.to_thread.run_sync(self._keep_digest)
 
     async def fetch_all(self, progress_within: float | None = None) -> None:
         """Bring every byte up to the end. Raises the stream's failure, and SourceStalled where nothing arrives for

@@ -162,11 +162,12 @@ class Buffer:
 
     def settle(self, gathered: Gathered, *, wait: bool) -> memoryview | None:
         """Read the disk part of `gathered`: its bytes, or None where it would block (wait=False) or an extent was
-        damaged and dropped, so that the read starts anew."""
+        damaged and dropped, so that the read starts anew. To drop one waits for the disk as well."""
         try:
             return memoryview(gathered.out) if gathered.read_disk(wait=wait) else None
         except DamagedExtent as damage:
-            self._drop_damaged(damage)
+            if wait:
+                self._drop_damaged(damage)
             return None
 
     def _drop_damaged(self, damage: DamagedExtent) -> None:
