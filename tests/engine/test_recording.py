@@ -196,8 +196,9 @@ def test_an_unreadable_disk_is_damage_of_the_extent_that_could_not_be_read(path,
 
 
 @pytest.mark.parametrize("other", [Header(key="recording", generation=8), Header(key="another", generation=7)])
-def test_entries_of_another_stream_or_generation_are_refused(tmp_path, path, other):
+def test_entries_of_another_stream_or_generation_are_refused(tmp_path, path, other, monkeypatch):
     """Even where index entries and data fit each other: the checksum covers key and generation."""
+    monkeypatch.setattr(os, "urandom", bytes)  # by the salt alone each recording would be told apart
     whole(path)
     stranger = tmp_path / "stranger.data"
     recording = Recording.create(stranger, other)
@@ -212,6 +213,29 @@ def test_entries_of_another_stream_or_generation_are_refused(tmp_path, path, oth
     for start in range(0, SIZE, BLOCK):
         with pytest.raises(DamagedExtent):
             get(loaded, start, min(start + BLOCK, SIZE))
+
+
+def test_entries_of_a_removed_recording_of_the_same_generation_are_refused(path):
+    whole(path)
+    entries = index_of(path).read_bytes()[-ENTRIES * ENTRY :]
+    Recording.create(path, HEADER)
+    with index_of(path).open("ab") as index:
+        index.write(entries)
+    path.write_bytes(DATA)
+    loaded = Recording.load(path)
+    assert not loaded.present() and loaded.size is None and loaded.unread == len(entries)
+
+
+def test_a_checksum_is_of_its_offset_too(path):
+    """Were an entry and its data both taken for those of another place."""
+    recording = whole(path)
+    (first,) = recording.extents(0, 1)
+    with path.open("r+b") as file:
+        file.seek(BLOCK)
+        file.write(DATA[:BLOCK])
+    moved = Extent(BLOCK, 2 * BLOCK, first.crc)
+    with pytest.raises(DamagedExtent):
+        recording.read([moved], memoryview(bytearray(BLOCK)), wait=True)
 
 
 def test_data_at_another_offset_is_refused(path):
