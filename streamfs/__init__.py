@@ -6,6 +6,7 @@ cli           the commands; parses, asks, prints
 daemon        the only trio.run: mount, signals, order of shutdown       mounting: the mountpoint
 fuse          the pyfuse3 adapter                                        control: requests over a unix socket
 interrupts    readers that were told to stop                             watchdog: an event loop that stands still
+turns         who reads the next request of the kernel
 filesystem    names to streams, handles, attributes; no FUSE in it       tree, xattrs: its names and attributes
 stream        one registered stream: current version, opening, persist
 generation    one version of its bytes, and the fetches that fill it

@@ -24,7 +24,7 @@ import msgspec
 import trio
 
 import streamfs
-from streamfs import logs, mounting, mounts
+from streamfs import logs, mounting, mounts, turns
 from streamfs.board import NAME as BOARD_NAME
 from streamfs.board.writer import BoardWriter, EventLog
 from streamfs.cache import Cache
@@ -242,6 +242,7 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
                     if there is not None:
                         nursery.start_soon(life.until_detached, there.device)
                     nursery.start_soon(_announce, operations, mountpoint, readiness)
+                    turns.install()
                     await life.until_unmounted(pyfuse3.main(max_tasks=MAX_TASKS))
                     nursery.cancel_scope.cancel()
             finally:
