@@ -22,6 +22,7 @@ from streamfs.cache import Cache
 from streamfs.catalog import Entry
 from streamfs.engine.buffer import Buffer, Writer
 from streamfs.engine.fetches import Fetch, FetchPlan
+from streamfs.engine.lanes import SEGMENT
 from streamfs.engine.pool import LARGE
 from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.engine.state import again
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 
 LINGER = 0.5
 """Seconds a fetch that nobody needs is kept for a reader that comes back (players reopen)."""
+LANE_PATIENCE = 2.0
+"""Seconds a lane may wait for its reply: a server that lets a client have few connections at a time keeps the others
+waiting, or turns them away, and one connection would then be faster."""
 IDLE = 5.0
 """Seconds a resting fetch of a ranged source keeps its connection for a reader that has the stream open."""
 CLOSE_SOON = 1.0
@@ -62,8 +66,15 @@ class Context:
     """Defaults from the configuration file; None: there are none."""
     make_source: Callable[[StreamSpec], Source] | None = None
     """Called when the configuration gives a stream other options; None: its source stays what it is."""
+    lanes: int = 0
+    """Lanes of all streams under way (streamfs.engine.lanes)."""
     closing: bool = False
     """The daemon ends: commands that ignore SIGTERM are not waited for."""
+
+    @property
+    def most_lanes(self) -> int:
+        """How many lanes all streams together may have: a quarter of memory, as they run far ahead of their readers."""
+        return self.cache.pool.budget // 4 // SEGMENT
 
 
 class Window:
@@ -149,7 +160,7 @@ class Generation:
         self._fetch_ended = trio.Event()  # replaced each time
         self._left = 0.0  # trio's time when the last handle was closed
         self._wanting_all = 0  # calls of `fetch_all` under way
-        self._latency = 0.0  # seconds the last request took to its reply
+        self._latency: float | None = None  # seconds the last request took to its reply
         self._end_probe = memoryview(bytearray(1))  # where a byte past the declared end would land
         self._scopes: dict[Fetch, trio.CancelScope] = {}
         self._allowed: dict[Fetch, trio.Event] = {}  # wakes a resting fetch when its limit moved
@@ -223,7 +234,23 @@ class Generation:
                 self._cancel(spare)  # its end wakes the readers, and they demand again
         elif fetch not in self._scopes:
             self._run(fetch)
+        self._fill_lanes()
         self._ring()
+
+    def _fill_lanes(self) -> None:
+        """Begin the lanes that are due, within what all streams together may have."""
+        context = self._context
+        while self.plan.lanes is not None and not self.plan.lanes.over and self.in_use and not self.buffer.doomed:
+            if context.lanes >= context.most_lanes:
+                if not any(fetch.stop is not None for fetch in self._scopes):
+                    self.plan.abandon_lanes()  # nothing would bring what its reader waits for
+                    self.buffer.wake_all()
+                return
+            lane = self.plan.lane(self.buffer.size)
+            if lane is None:
+                return
+            context.lanes += 1
+            self._run(lane)
 
     def _follow(self, stop: int) -> None:
         if self.plan.fetches:
@@ -314,6 +341,7 @@ class Generation:
     async def _guarded(self, fetch: Fetch, body: Body | None, size: int) -> None:
         """The one place where a fetch ends, whatever happened in it: no exception goes further than its stream."""
         error: StreamfsError | None = None
+        failed = False
         try:
             with self._scopes[fetch]:
                 await self._fetch(fetch, body, size)
@@ -323,7 +351,11 @@ class Generation:
             # An endless stream that was interrupted never continues; what is in the window stays readable.
             error = change if self._window is None else SourceFailed(f"the stream was interrupted: {change}")
         except StreamfsError as failure:
-            error = failure
+            failed = True
+            if fetch.stop is None:
+                error = failure
+            else:  # who waits for the rest of the lane asks for it alone, and meets what stands in the way
+                log.info("stream %d: one of several requests at a time failed: %s", self.stream_id, failure)
         except Exception as bug:
             log.exception("a fetch of stream %d failed in an unforeseen way", self.stream_id)
             error = SourceFailed(f"internal error: {bug!r} (see the log)")
@@ -332,6 +364,10 @@ class Generation:
             self._news.touch(self.stream_id)
             self._allowed.pop(fetch, None)
             self.plan.ended(fetch)
+            if fetch.stop is not None:
+                self._context.lanes -= 1
+                self.plan.lane_ended(fetch, trio.current_time(), failed=failed)
+                self._fill_lanes()
             ended, self._fetch_ended = self._fetch_ended, trio.Event()
             ended.set()
             if error is not None and not self.buffer.doomed:
@@ -345,7 +381,7 @@ class Generation:
         try:
             while True:
                 if body is None:
-                    if not await self._may_go_on(fetch):
+                    if fetch.done or not await self._may_go_on(fetch):
                         return
                     gap = self.buffer.first_gap(fetch.position)
                     if gap is None:
@@ -370,13 +406,18 @@ class Generation:
 
     async def _open(self, fetch: Fetch) -> tuple[Body, int | None]:
         """A body that goes on where the fetch is, and where it was asked to stop."""
-        began = time.monotonic()
+        began = trio.current_time()
         facts = self.facts
         stop: int | None = None
         if facts.ranged:
+            self._spread(fetch)
             window = fetch.window()
             stop = window if window is None or facts.size is None else min(window, facts.size)
-            body = await self._stream.source.open(fetch.position, stop, facts)
+            body: Body | None = None
+            with trio.move_on_after(LANE_PATIENCE if fetch.stop is not None else float("inf")):
+                body = await self._stream.source.open(fetch.position, stop, facts)
+            if body is None:
+                raise SourceStalled(f"no reply within {LANE_PATIENCE:g} s")
             if body.start != fetch.position:
                 with trio.CancelScope(shield=True):
                     await body.aclose()
@@ -384,8 +425,15 @@ class Generation:
         else:
             body = await self._stream.source.open(0, None, facts if self._stream.is_url else None)
         self.validated = time.monotonic()
-        self._latency = self.validated - began
+        self._latency = trio.current_time() - began
         return body, stop
+
+    def _spread(self, fetch: Fetch) -> None:
+        """Go on in lanes, if that may pay."""
+        room = self._context.lanes < self._context.most_lanes
+        if room and self.plan.spread(fetch, self.buffer.size, trio.current_time()):
+            self._context.lanes += 1
+            self._fill_lanes()
 
     async def _drain(self, fetch: Fetch, body: Body, stop: int | None) -> bool:
         """Move the body's bytes into the buffer. True: this fetch has nothing more to do; False: the body ended where
@@ -403,9 +451,11 @@ class Generation:
 
     async def _pump(self, fetch: Fetch, body: Body, writer: Writer, stop: int | None) -> bool:
         cache, buffer = self._context.cache, self.buffer
-        began, first = time.monotonic(), writer.position
+        began, first = trio.current_time(), writer.position
         beyond = False
         while True:
+            if fetch.done:
+                return False
             if fetch.resting and not self._at_size(writer) and not await self._may_go_on(fetch):
                 return True
             if buffer.memory > cache.spill_threshold:
@@ -424,7 +474,7 @@ class Generation:
                 view = view[: max(1, fetch.limit - fetch.position)]
             count = await body.receive_into(view)
             if count == 0:
-                self._measure(writer.position - first, time.monotonic() - began)
+                self._measure(writer.position - first, trio.current_time() - began)
                 return self._body_ended(body, writer, stop)
             if view is self._end_probe or self._at_size(writer):
                 raise SourceFailed(f"the source sent more than the {buffer.size} bytes it had declared")
@@ -497,8 +547,8 @@ class Generation:
                 event.set()
 
     def _measure(self, count: int, seconds: float) -> None:
-        if count >= _COMPARE and seconds > 0:
-            self.plan.measured(self._latency, count / seconds)
+        if count >= _COMPARE and seconds > 0 and self._latency is not None:
+            self.plan.measured(self._latency, count / seconds, count)
 
     def _note_exit(self, body: Body) -> None:
         status = getattr(body, "exit_status", None)

@@ -3,7 +3,8 @@
 A fetch is a cursor that brings bytes in order from where it started; `limit` says how far it may go now, and it
 rests (backpressure) when it gets there. One-way sources have one fetch, from 0. Ranged sources have one per place
 where somebody reads: a reader that waits far from every cursor gets a new one, a reader a little ahead of a cursor
-waits for it to read through the gap.
+waits for it to read through the gap. Where one connection cannot bring bytes as fast as its reader takes them and
+the link has a delay, several fetches go on in lanes side by side (streamfs.engine.lanes).
 
 How far a fetch goes ahead of its reader starts small, so that a first byte or a far seek costs little, and doubles
 whenever the reader has caught up with it, up to the read-ahead (as mountpoint-s3 does).
@@ -12,6 +13,8 @@ whenever the reader has caught up with it, up to the read-ahead (as mountpoint-s
 from __future__ import annotations
 
 from collections import deque
+
+from streamfs.engine.lanes import LEAST_LATENCY, SEGMENT, WIDTHS, Lanes
 
 FIRST_AHEAD = 128 * 1024
 """Bytes of the first request at a place: the kernel's default read-ahead, which is what one read call brings here."""
@@ -27,6 +30,7 @@ REORDER = 1024 * 1024
 MANY_JUMPS = 8
 """After so many places in a row from which nobody read on, a program reads here and there: a fetch at yet another place
 then brings what is asked and no more. A guess: archives and media files are opened with fewer jumps."""
+_SAMPLE = 1024 * 1024  # bytes from which a rate is that of the connection, and not of what lay ready in it
 LEAST_GAP, MOST_GAP = 64 * 1024, 4 * 1024 * 1024
 """Bounds, in bytes, of the gap that is read through rather than asked for anew."""
 
@@ -34,14 +38,21 @@ LEAST_GAP, MOST_GAP = 64 * 1024, 4 * 1024 * 1024
 class Fetch:
     """One cursor. INVARIANT: start <= position; it has brought, or skipped as present, start..position."""
 
-    __slots__ = ("ahead", "limit", "position", "start", "wanted")
+    __slots__ = ("ahead", "limit", "missed", "position", "start", "stop", "wanted")
 
-    def __init__(self, start: int, wanted: int, limit: int | None, ahead: int) -> None:
+    def __init__(self, start: int, wanted: int, limit: int | None, ahead: int, stop: int | None = None) -> None:
         self.start = start
         self.position = start
         self.wanted = wanted  # how far readers that it serves have asked
         self.limit = limit  # None: as far as there are bytes
         self.ahead = ahead
+        self.stop = stop  # of a lane: it ends there; None: it goes on
+        self.missed = start  # the last byte for which a reader had to wait
+
+    @property
+    def done(self) -> bool:
+        """Whether it is a lane that has brought its segment."""
+        return self.stop is not None and self.position >= self.stop
 
     @property
     def resting(self) -> bool:
@@ -50,6 +61,8 @@ class Fetch:
 
     def window(self) -> int | None:
         """Where the next request of a ranged source should end; None: open-ended."""
+        if self.stop is not None:
+            return self.stop
         if self.limit is None or self.ahead >= OPEN_ENDED:
             return None
         return max(self.limit, self.position + 1)
@@ -66,6 +79,10 @@ class FetchPlan:
         """Everything is wanted, whatever readers do (persist): limits are off."""
         self._gap = LEAST_GAP
         self._jumps = 0  # fetches begun in a row from which nobody read on
+        self.lanes: Lanes | None = None
+        self._lanes_failed = False
+        self._latency = float("inf")  # seconds, the least so far
+        self._rate = 0.0  # bytes a second of one fetch, as last measured
         self._left: deque[int] = deque(maxlen=MOST_FETCHES)  # where the latest of those without read-ahead ended
 
     def first(self, size: int = FIRST_AHEAD) -> Fetch:
@@ -83,11 +100,22 @@ class FetchPlan:
             near.limit = None if near.limit is None else max(near.limit, stop)
             return None
         if near is not None:
+            near.missed = max(near.missed, missing)
             self._jumps = 0
+            if near.stop is not None:
+                self._advance(stop)
+                self._allow(near, stop)
+                return None
             if near.position - near.start >= near.ahead:
                 near.ahead = min(max(near.ahead * 2, FIRST_AHEAD), self.read_ahead)
             self._allow(near, stop)
             return None
+        if self.lanes is not None and self.lanes.next <= missing <= self.lanes.next + REORDER:
+            if not self.lanes.over:
+                self._advance(stop)
+                return None  # a lane is begun there, or will be when another ends
+            if not self.crowded:
+                return self._go_on_alone(missing, stop)
         if self.crowded:
             return None
         if sparing and self.ranged and not self.greedy:
@@ -100,7 +128,11 @@ class FetchPlan:
     def follow(self, stop: int, front: int) -> Fetch | None:
         """A reader has got everything up to `stop`, and bytes are there, unbroken, up to `front`: the fetch that
         stands at `front` may go on ahead of it. Returns that fetch, if there is one."""
+        if self.lanes is not None and stop <= self.lanes.next:
+            self._advance(stop)
         for fetch in self.fetches:
+            if fetch.stop is not None:
+                continue
             if fetch.position == front or (not self.ranged and front <= fetch.position):
                 if fetch.position - fetch.start >= 4 * fetch.ahead:
                     fetch.ahead = min(fetch.ahead * 2, self.read_ahead)  # it is read on and on
@@ -109,6 +141,63 @@ class FetchPlan:
                     self._allow(fetch, stop)
                 return fetch
         return None
+
+    # Lanes
+
+    def spread(self, fetch: Fetch, size: int | None, now: float) -> bool:
+        """`fetch` is about to ask for its next bytes: where its reader waits for them, and one connection is limited by
+        the delay of the link, it becomes the first of several lanes. True: it has."""
+        hungry = fetch.position - fetch.missed <= REORDER and (fetch.limit is None or fetch.ahead >= OPEN_ENDED)
+        delayed = self._latency >= LEAST_LATENCY and self._rate > 0
+        long = size is not None and size - fetch.position > WIDTHS[0] * SEGMENT
+        busy = self._lanes_failed or (self.lanes is not None and (self.lanes.over or self._active))
+        if not self.ranged or fetch.stop is not None or busy or not (hungry and delayed and long):
+            return False
+        self.lanes = Lanes(fetch.position, self._rate, now)
+        self.lanes.reader = max(fetch.position, fetch.wanted)
+        place = self.lanes.place(0, size or 0)
+        assert place is not None
+        fetch.start = fetch.position
+        self.lanes.next = fetch.stop = fetch.limit = place[1]
+        return True
+
+    def lane(self, size: int | None) -> Fetch | None:
+        """Another lane to run, if one is due; ask again until there is none."""
+        place = None if self.lanes is None or size is None else self.lanes.place(self._active, size)
+        if self.lanes is None or place is None:
+            return None
+        start, stop = place
+        fetch = Fetch(start, stop, stop, self.read_ahead, stop)
+        self.lanes.next = stop
+        self.fetches.append(fetch)
+        return fetch
+
+    def lane_ended(self, fetch: Fetch, now: float, *, failed: bool) -> None:
+        """A lane has ended. `failed`: perhaps so many requests at a time were more than the source bears."""
+        if failed:
+            self.abandon_lanes()
+        elif self.lanes is not None and fetch.done:
+            self.lanes.finished(fetch.position - fetch.start, now)
+
+    def abandon_lanes(self) -> None:
+        """No more lanes, now and later."""
+        self._lanes_failed = True
+        if self.lanes is not None:
+            self.lanes.over = True
+
+    @property
+    def _active(self) -> int:
+        return sum(fetch.stop is not None for fetch in self.fetches)
+
+    def _advance(self, stop: int) -> None:
+        if self.lanes is not None:
+            self.lanes.reader = max(self.lanes.reader, stop)
+
+    def _go_on_alone(self, missing: int, stop: int) -> Fetch:
+        """Where lanes did not pay, one fetch goes on behind the last of them, at full speed from the start."""
+        fetch = Fetch(missing, stop, None if self.greedy else missing + self.read_ahead, self.read_ahead)
+        self.fetches.append(fetch)
+        return fetch
 
     def spare(self, missing: int) -> Fetch | None:
         """A resting fetch that may be ended to make place for one that brings `missing`. None where all are busy, or
@@ -124,7 +213,7 @@ class FetchPlan:
     @property
     def crowded(self) -> bool:
         """Whether there is no place for another fetch."""
-        return len(self.fetches) >= MOST_FETCHES
+        return len(self.fetches) - self._active >= MOST_FETCHES
 
     def release(self) -> None:
         """No reader is left: what is not greedy goes no further than where it is."""
@@ -154,9 +243,12 @@ class FetchPlan:
         if not fetch.ahead:
             self._left.append(fetch.position)
 
-    def measured(self, latency: float, rate: float) -> None:
-        """A request took `latency` seconds to its first byte, and bytes then came at `rate` bytes a second: reading
-        through a gap is as good as asking anew while it takes no longer."""
+    def measured(self, latency: float, rate: float, count: int = 0) -> None:
+        """A request took `latency` seconds to its first byte, and its `count` bytes then came at `rate` bytes a second:
+        reading through a gap is as good as asking anew while it takes no longer."""
+        self._latency = min(self._latency, latency)
+        if count >= _SAMPLE:
+            self._rate = rate
         self._gap = int(min(max(latency * rate, LEAST_GAP), MOST_GAP))
 
     def _start(self, start: int, stop: int) -> Fetch:
@@ -174,12 +266,12 @@ class FetchPlan:
         """The fetch that will bring `missing` soonest, if any will soon enough."""
         if not self.ranged:
             return self.fetches[0] if self.fetches else None
-        coming = [
-            f
-            for f in self.fetches
-            if f.position <= missing and (missing <= f.position + self._gap or missing <= f.wanted + REORDER)
-        ]
+        coming = [f for f in self.fetches if f.position <= missing and missing <= self._reach(f)]
         return max(coming, key=_position, default=None)
+
+    def _reach(self, fetch: Fetch) -> int:
+        """The last byte that the fetch brings soon."""
+        return max(fetch.position + self._gap, fetch.wanted + REORDER) if fetch.stop is None else fetch.stop - 1
 
     def _allow(self, fetch: Fetch, stop: int) -> None:
         fetch.wanted = max(fetch.wanted, stop)
