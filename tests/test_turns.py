@@ -1,0 +1,173 @@
+"""Who reads the mount's next request: a pipe stands for /dev/fuse, and a loop as pyfuse3's reads from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from streamfs.turns import AT_ONCE, Turns
+
+Handler = Callable[[bytes], Awaitable[None]]
+
+
+class Loop:
+    """pyfuse3's main loop, over `turns` as its trio: a spare task is started when none is in line."""
+
+    def __init__(self, turns: Turns, fd: int, handler: Handler) -> None:
+        self.turns = turns
+        self.fd = fd
+        self.handler = handler
+        self.tasks = 0
+        self.in_line = 0
+        self.exited = False
+
+    async def main(self) -> None:
+        async with self.turns.open_nursery() as nursery:
+            nursery.start_soon(self.work, nursery, name="first")
+
+    async def work(self, nursery: trio.Nursery) -> None:
+        self.tasks += 1
+        while self.in_line <= 1 and not self.exited:
+            self.in_line += 1
+            try:
+                async with self.turns.Lock():
+                    if self.exited:
+                        break
+                    await self.turns.lowlevel.wait_readable(self.fd)
+            except trio.ClosedResourceError:
+                break
+            finally:
+                self.in_line -= 1
+            request = os.read(self.fd, 1)
+            self.exited = not request
+            if not self.in_line:
+                nursery.start_soon(self.work, nursery)
+            if not request:
+                break
+            await self.handler(request)
+        self.tasks -= 1
+
+
+@asynccontextmanager
+async def running(handler: Handler) -> AsyncIterator[tuple[Loop, int]]:
+    ours, theirs = os.pipe()
+    loop = Loop(Turns(), ours, handler)
+    try:
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(loop.main)
+                yield loop, theirs
+                os.close(theirs)
+                theirs = -1  # the end: every task must find out
+        assert loop.tasks == 0
+    finally:
+        os.close(ours)
+        if theirs >= 0:
+            os.close(theirs)
+
+
+async def test_requests_that_are_answered_at_once_are_answered_in_order_by_one_task() -> None:
+    answered = bytearray()
+    tasks = set()
+    done = trio.Event()
+
+    async def handler(request: bytes) -> None:
+        answered.extend(request)
+        tasks.add(trio.lowlevel.current_task())
+        if len(answered) == 100:
+            done.set()
+
+    async with running(handler) as (_, fd):
+        await trio.testing.wait_all_tasks_blocked()
+        os.write(fd, bytes(range(100)))
+        await done.wait()
+    assert answered == bytes(range(100))
+    assert len(tasks) == 1
+
+
+async def test_while_handlers_wait_others_are_answered() -> None:
+    gates = [trio.Event() for _ in range(50)]
+    begun: list[int] = []
+    ended: list[int] = []
+
+    async def handler(request: bytes) -> None:
+        begun.append(request[0])
+        await gates[request[0]].wait()
+        ended.append(request[0])
+
+    async with running(handler) as (_, fd):
+        for number in range(50):
+            os.write(fd, bytes([number]))
+            await trio.testing.wait_all_tasks_blocked()
+            assert begun == list(range(number + 1))
+        for number in reversed(range(50)):
+            gates[number].set()
+            await trio.testing.wait_all_tasks_blocked()
+        assert ended == list(reversed(range(50)))
+
+
+async def test_handlers_that_wait_a_little_and_those_that_do_not_can_be_mixed() -> None:
+    answered = 0
+    done = trio.Event()
+
+    async def handler(request: bytes) -> None:
+        nonlocal answered
+        for _ in range(request[0] % 3):
+            await trio.lowlevel.checkpoint()
+        answered += 1
+        if answered == 3000:
+            done.set()
+
+    async with running(handler) as (_, fd):
+        for start in range(0, 3000, 100):
+            os.write(fd, bytes((start + i) % 251 for i in range(100)))
+            await trio.lowlevel.checkpoint()
+        await done.wait()
+
+
+async def test_a_flood_of_requests_leaves_other_tasks_their_turn() -> None:
+    answered = 0
+    seen: list[int] = []
+
+    async def handler(request: bytes) -> None:
+        nonlocal answered
+        answered += 1
+
+    async with running(handler) as (_, fd):
+        await trio.testing.wait_all_tasks_blocked()
+        os.write(fd, bytes(1000))
+        while answered < 1000:
+            seen.append(answered)
+            await trio.lowlevel.checkpoint()
+    assert len(seen) >= 1000 // (AT_ONCE + 1)
+
+
+async def test_a_handler_that_fails_ends_the_loop_with_its_failure() -> None:
+    async def handler(request: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        raise KeyError(request)
+
+    with pytest.raises(BaseExceptionGroup) as raised:
+        async with running(handler) as (_, fd):
+            await trio.testing.wait_all_tasks_blocked()
+            os.write(fd, b"x")
+            await trio.sleep_forever()
+    assert raised.group_contains(KeyError)
+
+
+async def test_tasks_in_line_can_be_cancelled() -> None:
+    async def handler(request: bytes) -> None:
+        await trio.sleep_forever()
+
+    with trio.CancelScope() as scope:
+        async with running(handler) as (_, fd):
+            os.write(fd, b"xyz")
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            await trio.sleep_forever()
+    assert scope.cancelled_caught
