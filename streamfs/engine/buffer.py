@@ -423,6 +423,9 @@ class Buffer:
             while self._spill(SPILL_BATCH, all_of_it=True, lent=True):
                 pass
             self._settled(spilled=True)
+            recording.flush(lambda: self.doomed)
+            if self.doomed:
+                raise ValueError("the buffer was given up before it was durable")
             recording.complete(size)
 
     def _settled(self, *, spilled: bool) -> tuple[Recording, int]:

@@ -23,7 +23,7 @@ import struct
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +45,10 @@ _DATA, _DROP, _END = 1, 2, 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_uint]
+_SYNC_RANGE = 0x1 | 0x2 | 0x4  # wait for what is being written, write, and wait for that
+_FLUSH_STEP = 16 * 1024 * 1024
+"""Bytes written back between two looks whether that is still wanted: a slow disk takes a second for them."""
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
 
 
@@ -253,6 +257,14 @@ class Recording:
                 raise
             self._allocated = end  # the write itself will say if there is no room
             return 0
+
+    def flush(self, is_over: Callable[[], bool]) -> None:
+        """Bring the data to the disk in steps, until `is_over`: a sync of gigabytes could not be stopped when the
+        daemon has to end. Promises nothing, `complete` does; blocks. Raises OSError."""
+        for offset in range(0, os.fstat(self._data.fd).st_size, _FLUSH_STEP):
+            if is_over():
+                return
+            _flush_range(self._data.fd, offset, _FLUSH_STEP)
 
     def complete(self, size: int) -> None:
         """State that all of 0..size is here and make it durable: data, then the folder, then the index. Blocks.
@@ -484,6 +496,13 @@ def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def _flush_range(fd: int, offset: int, length: int) -> None:
+    if _libc.sync_file_range(fd, offset, length, _SYNC_RANGE) != 0:
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP):  # then fsync has it all to do
+            raise OSError(code, os.strerror(code))
 
 
 def _pwrite_all(fd: int, view: memoryview, offset: int) -> None:

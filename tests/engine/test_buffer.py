@@ -628,6 +628,39 @@ def test_settling_while_another_thread_spills_does_both(path, monkeypatch):
     assert path.read_bytes() == DATA
 
 
+def test_a_buffer_that_is_given_up_while_it_is_made_durable_stops_and_claims_nothing(path, monkeypatch):
+    """As when the daemon ends in the middle of gigabytes."""
+    monkeypatch.setattr("streamfs.engine.recording._FLUSH_STEP", 64 * 1024)
+    buffer = filled(Pool(8 * LARGE), size=SIZE)
+    buffer.record(Recording.create(path, HEADER))
+    flushed = []
+
+    def flush(fd, offset, length):
+        flushed.append(offset)
+        if len(flushed) == 2:
+            buffer.doom(Closed("the end"))
+
+    monkeypatch.setattr("streamfs.engine.recording._flush_range", flush)
+    with pytest.raises(ValueError, match="before it was durable"):
+        buffer.settle_for_good()
+    assert flushed == [0, 64 * 1024]
+    assert not buffer.recording.durable
+    assert Recording.load(path).size is None
+
+
+def test_making_durable_writes_the_data_back_in_steps_first(path, monkeypatch):
+    monkeypatch.setattr("streamfs.engine.recording._FLUSH_STEP", 64 * 1024)
+    calls = []
+    monkeypatch.setattr("streamfs.engine.recording._flush_range", lambda fd, offset, length: calls.append(offset))
+    synced = os.fsync
+    monkeypatch.setattr("os.fsync", lambda fd: (calls.append("fsync"), synced(fd)))
+    buffer = filled(Pool(8 * LARGE), size=SIZE)
+    buffer.record(Recording.create(path, HEADER))
+    buffer.settle_for_good()
+    assert calls[: calls.index("fsync")] == list(range(0, SIZE, 64 * 1024))
+    assert Recording.load(path).durable
+
+
 def test_a_reloaded_recording_goes_on_where_it_was(path):
     first = filled(Pool(8 * LARGE), 0, LARGE)
     first.record(Recording.create(path, HEADER))
