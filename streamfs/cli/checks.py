@@ -89,8 +89,13 @@ def check_allow_other(path: str = "/etc/fuse.conf") -> Iterator[Finding]:
 
 
 def check_mount_helper(path: Path = HELPER) -> Iterator[Finding]:
-    """What `mount -t streamfs` and /etc/fstab need."""
-    if path.exists():
+    """What `mount -t streamfs` and /etc/fstab need. Root runs it: nobody else may be able to change it."""
+    stranger = _not_roots(path.resolve()) if path.exists() else None
+    if stranger is not None:
+        detail = f"root runs {path}, but {stranger} is not root's alone"
+        advice = "install streamfs for the whole system, and link that: see docs/installing.md"
+        yield Finding("mount helper", "warning", detail, advice)
+    elif path.exists():
         yield Finding("mount helper", "ok", f"{path}: /etc/fstab may name the type streamfs")
     elif path.is_symlink():
         advice = f"'ln -sf \"$(command -v mount.streamfs)\" {path}' as root"
@@ -98,6 +103,15 @@ def check_mount_helper(path: Path = HELPER) -> Iterator[Finding]:
     else:
         advice = f"only for /etc/fstab: 'ln -s \"$(command -v mount.streamfs)\" {path}' as root"
         yield Finding("mount helper", "ok", "not installed", advice)
+
+
+def _not_roots(path: Path) -> Path | None:
+    """The first part of `path` that somebody but root owns, or may write."""
+    for part in (path, *path.parents):
+        info = part.stat()
+        if info.st_uid != 0 or (info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX):
+            return part
+    return None
 
 
 def check_mounts() -> Iterator[Finding]:

@@ -14,6 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from streamfs.control import Client
+from streamfs.errors import Unreachable
+from streamfs.home import SOCKET_NAME
+
 CLI = (sys.executable, "-m", "streamfs")
 WAIT = 30.0
 """Seconds after which a condition that a test waits for counts as never met."""
@@ -133,7 +137,11 @@ class Mounted:
 
     def answers(self) -> bool:
         """Whether the daemon takes requests."""
-        return "pid" in self.run("doctor").stdout and "shows the streams" in self.run("doctor").stdout
+        try:
+            with Client(self.home / "run" / SOCKET_NAME, WAIT) as client:
+                return "pid" in client.call("ping")
+        except Unreachable:
+            return False
 
     def status(self, name: str) -> dict[str, Any]:
         document = json.loads(self.run("status", name, "--json").stdout)

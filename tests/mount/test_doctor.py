@@ -149,7 +149,14 @@ setpriv --reuid={user} --regid={user} --clear-groups env STREAMFS_HOME={SCRATCH}
         (tmp_path / "helper").symlink_to(tmp_path / "nowhere")
         (finding,) = checks.check_mount_helper(tmp_path / "helper")
         assert (finding.state, "ln -sf" in finding.advice) == ("warning", True)
-        assert in_namespace("", "mount helper", code=0).detail.startswith("/sbin/mount.streamfs:")
+        assert in_namespace("", "mount helper", code=0).detail.count("/sbin/mount.streamfs") == 1
+
+    def test_a_mount_helper_that_somebody_else_may_change(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "mount.streamfs").touch()
+        (tmp_path / "helper").symlink_to(folder / "mount.streamfs")
+        (finding,) = checks.check_mount_helper(tmp_path / "helper")
+        assert finding.state == "warning"
+        assert f"{folder} is not root's alone" in finding.detail
 
 
 @pytest.mark.parametrize(
