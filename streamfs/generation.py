@@ -283,8 +283,8 @@ class Generation:
     async def settle(self) -> None:
         """Make the complete bytes durable. Raises as Cache.settle."""
         await self._context.cache.settle(self)
-        self._settled = True
         await trio.to_thread.run_sync(self._keep_digest)
+        self._settled = True  # last: who sees `complete` finds nothing under way any more
 
     async def fetch_all(self, progress_within: float | None = None) -> None:
         """Bring every byte up to the end. Raises the stream's failure, and SourceStalled where nothing arrives for
