@@ -16,8 +16,9 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import trio
 
 from streamfs.errors import InvalidRequest, SourceFailed, StreamfsError
-from streamfs.manifests import Feed, Item, Manifest, Problem, parse, recognise
+from streamfs.manifests.model import Feed, Item, Manifest, Problem
 from streamfs.manifests.names import named, part_of
+from streamfs.manifests.reading import parse, recognise
 from streamfs.options import FILES
 from streamfs.sources.addresses import is_private_name
 from streamfs.sources.base import Source

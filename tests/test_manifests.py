@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from streamfs import tomllines
 from streamfs.errors import InvalidRequest, StreamfsError
-from streamfs.manifests import FORMATS, Item, Manifest, parse, recognise
-from streamfs.manifests.export import KINDS, holds_secrets, without_secrets, write
-from streamfs.manifests.model import resolve
+from streamfs.manifests import FORMATS, WRITTEN
+from streamfs.manifests.export import holds_secrets, without_secrets, write
+from streamfs.manifests.model import Item, Manifest, resolve
 from streamfs.manifests.names import named, part_of
+from streamfs.manifests.reading import parse, recognise
 from streamfs.spec import (
     NAME_PART_BYTES,
     CommandSource,
@@ -486,7 +487,7 @@ def test_names_that_are_not_utf8_survive_json_and_are_refused_by_toml() -> None:
     assert "�" in write(odd, "m3u")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WRITTEN)
 def test_an_export_without_secrets_shows_none(kind: str) -> None:
     assert [holds_secrets(one.spec) for one in STREAMS] == [True, True, True]
     bare = [Registration(spec=without_secrets(one.spec)) for one in STREAMS]

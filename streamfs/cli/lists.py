@@ -16,8 +16,7 @@ from streamfs.cli import types
 from streamfs.cli.registry import open_registry
 from streamfs.errors import InvalidRequest, NotFound, StreamfsError
 from streamfs.home import Home
-from streamfs.manifests import FORMATS
-from streamfs.manifests.export import KINDS, holds_secrets, without_secrets, write
+from streamfs.manifests import FORMATS, WRITTEN
 from streamfs.spec import (
     URL_SCHEMES,
     IfTaken,
@@ -210,7 +209,7 @@ def _print(text: str) -> None:
 """,
 )
 @click.argument("names", metavar="[NAME]...", nargs=-1, type=types.NAME)
-@click.option("--format", "kind", type=click.Choice(KINDS), default="json", show_default=True, help="Of the list.")
+@click.option("--format", "kind", type=click.Choice(WRITTEN), default="json", show_default=True, help="Of the list.")
 @click.option(
     "--no-secrets", is_flag=True, help="Without headers, variables, and logins, queries and fragments of URLs."
 )
@@ -221,6 +220,8 @@ def export(names: tuple[str, ...], kind: str, no_secrets: bool) -> None:
     variables, as they were registered: keep it as you would keep those. Files of cookies, logins and keys are named in
     it, and not part of it. M3U has only the URLs and names.
     """
+    from streamfs.manifests.export import holds_secrets, without_secrets, write
+
     with open_registry(Home.locate()) as registry:
         items = _chosen(registry.registered(), names)
     secret = sum(holds_secrets(item.spec) for item in items)

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 
 from streamfs.errors import InvalidRequest
+from streamfs.manifests import WRITTEN
 from streamfs.spec import CommandSource, Registration, ShellSource, StreamOptions, StreamSpec, UrlSource
 
-KINDS = ("json", "jsonl", "toml", "m3u")
 _SECRET_OPTIONS = ("headers", "env")
 """Options whose values may be secrets. (Others refer to files, and the files are not exported.)"""
 
@@ -49,7 +49,7 @@ def write(items: Iterable[Registration], kind: str) -> str:
             return "\n".join(_table(record_of(item)) for item in items)
         case "m3u":
             return "#EXTM3U\n" + "".join(_entry(item.spec) for item in items if isinstance(item.spec.source, UrlSource))
-    raise InvalidRequest(f"no format is called {kind!r}; there are {', '.join(KINDS)}")
+    raise InvalidRequest(f"no format is called {kind!r}; there are {', '.join(WRITTEN)}")
 
 
 def _table(record: dict[str, Any]) -> str:

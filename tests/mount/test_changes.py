@@ -7,8 +7,6 @@ import stat
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from tests.mount.mounted import Mounted, checked, names_in, wait_for
 from tests.mount.origin import ScriptedOrigin
 
@@ -57,12 +55,12 @@ def test_ln_with_force_takes_the_place_of_a_stream(fs: Mounted, origin: Scripted
     assert listed(fs) == ["file"]
 
 
-@pytest.mark.parametrize(
-    "target",
-    ["/etc/passwd", "../x", "echo", "sh -c 'touch X'", "gopher://h/x", "javascript:alert(1)", "http://", "x y:"],
-)
-def test_a_link_to_anything_but_a_url_is_refused(fs: Mounted, target: str) -> None:
-    assert "Permission denied" in failure_of("ln", "-s", target, fs.mountpoint / "new")
+NO_URLS = ["/etc/passwd", "../x", "echo", "sh -c 'touch X'", "gopher://h/x", "javascript:alert(1)", "http://", "x y:"]
+
+
+def test_a_link_to_anything_but_a_url_is_refused(fs: Mounted) -> None:
+    for target in NO_URLS:
+        assert "Permission denied" in failure_of("ln", "-s", target, fs.mountpoint / "new"), target
     assert names_in(fs.mountpoint) == []
     assert listed(fs) == []
 
