@@ -21,6 +21,7 @@ import trio
 from streamfs.errors import InvalidRequest, NotPermitted, SourceChanged, SourceFailed, SourceStalled, StreamfsError
 from streamfs.sources import addresses, credentials
 from streamfs.sources.addresses import Origin
+from streamfs.sources.apart import ApartTransport
 from streamfs.sources.base import Facts
 from streamfs.sources.command import ProcessSource
 from streamfs.sources.overlap import Marks
@@ -55,6 +56,8 @@ LANDING_SECONDS = 60.0  # how long the end of a redirect chain is asked directly
 DRAIN_LIMIT = 16 * 1024  # bytes of a redirect's page read to keep the connection
 TEMPLATES = 16  # requests one source keeps ready: its own, and those of its redirects
 SCRATCH = 256 * 1024  # bytes re-read at once while coming back to a position
+FILE_THREADS = 16  # for the ftp and sftp servers that are in use: one each while there are no more
+_FILE_SCHEMES = ("ftp", "ftps", "sftp")
 _RETRIED = frozenset({"connect", "reset", "truncated"})
 
 
@@ -65,6 +68,7 @@ class Transports:
         self.resolver = addresses.Resolver()
         self._plain: Transport | None = None
         self._curl: Transport | None = None
+        self._files: dict[int, Transport] = {}
         self._forced = os.environ.get("STREAMFS_TRANSPORT") or None
         if self._forced not in (None, "plain", "curl"):
             raise InvalidRequest(f"STREAMFS_TRANSPORT is plain or curl, not {self._forced!r}")
@@ -76,17 +80,29 @@ class Transports:
             if self._plain is None:
                 self._plain = PlainTransport()
             return self._plain
-        if self._curl is None:
-            from streamfs.sources.curl import CurlTransport  # here: most daemons never need libcurl
+        from streamfs.sources.curl import CurlTransport  # here: most daemons never need libcurl
 
+        parts = urlsplit(url)
+        if parts.scheme.lower() in _FILE_SCHEMES:
+            # libcurl may stand still with a silent server of these: not here, and not with another server's streams.
+            place = hash(parts.netloc.rpartition("@")[2].lower()) % FILE_THREADS
+            if place not in self._files:
+                self._files[place] = ApartTransport(CurlTransport)
+            return self._files[place]
+        if self._curl is None:
             self._curl = CurlTransport()
         return self._curl
 
     async def aclose(self) -> None:
-        for transport in (self._plain, self._curl):
-            if transport is not None:
-                with trio.move_on_after(5, shield=True):  # also while being cancelled
-                    await transport.aclose()
+        async with trio.open_nursery() as nursery:
+            for transport in (self._plain, self._curl, *self._files.values()):
+                if transport is not None:
+                    nursery.start_soon(self._close, transport)
+
+    @staticmethod
+    async def _close(transport: Transport) -> None:
+        with trio.move_on_after(5, shield=True):  # also while being cancelled
+            await transport.aclose()
 
     async def __aenter__(self) -> Transports:
         return self
