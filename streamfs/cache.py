@@ -100,8 +100,7 @@ class Cache:
         self.spill_threshold = spill_threshold
         self.size = size
         self.ttl = ttl
-        self.disk_error: str | None = None
-        """Why the cache directory cannot take bytes now; None while it can."""
+        self._disk_error: str | None = None
         self.pool = Pool(memory, on_give=self._gave)
         self.news = News()
         """What happens to the streams, for whoever shows it."""
@@ -129,6 +128,19 @@ class Cache:
         self._remover = trio.CapacityLimiter(1)
         self._creating = trio.Lock()
         self._token: trio.lowlevel.TrioToken | None = None
+
+    @property
+    def disk_error(self) -> str | None:
+        """Why the cache directory cannot take bytes now; None while it can."""
+        return self._disk_error
+
+    @disk_error.setter
+    def disk_error(self, error: str | None) -> None:
+        if error != self._disk_error:
+            self._disk_error = error
+            self.news.wake()
+            for generation in self._generations:
+                self.news.touch(generation.stream_id)  # some of them say so
 
     # Members
 

@@ -222,8 +222,9 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
         async with _filesystem(home, options) as filesystem:
             interrupts = Interrupts()
             operations = Operations(filesystem, interrupts, options.scanners)
-            board = _make_board(home, mountpoint, options)
-            reporter = Reporter(filesystem, board) if board is not None else None
+            facts = _facts(mountpoint, options)
+            board = _make_board(home, facts)
+            reporter = Reporter(filesystem, board, facts) if board is not None else None
             if reporter is not None:
                 await reporter.fill()
             _mount(operations, mountpoint, options)
@@ -255,12 +256,9 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
                     await trio.to_thread.run_sync(mounting.unmount_quietly, mountpoint)
 
 
-def _make_board(home: Home, mountpoint: Path, options: MountOptions) -> BoardWriter | None:
-    """The board of this daemon, with the events of those before it. None where it cannot be had: everything else works
-    without it."""
-    path = home.run / BOARD_NAME
-    log_ = max(EventLog.of_board(path), EventLog.of_file(home.state / EVENTS_NAME), key=lambda found: found.next)
-    facts = {
+def _facts(mountpoint: Path, options: MountOptions) -> dict[str, Any]:
+    """What the daemon says of itself on the board."""
+    return {
         "pid": os.getpid(),
         "started": time.time(),
         "version": streamfs.__version__,
@@ -268,6 +266,13 @@ def _make_board(home: Home, mountpoint: Path, options: MountOptions) -> BoardWri
         "memory": options.memory,
         "cache_size": options.cache_size,
     }
+
+
+def _make_board(home: Home, facts: dict[str, Any]) -> BoardWriter | None:
+    """The board of this daemon, with the events of those before it. None where it cannot be had: everything else works
+    without it."""
+    path = home.run / BOARD_NAME
+    log_ = max(EventLog.of_board(path), EventLog.of_file(home.state / EVENTS_NAME), key=lambda found: found.next)
     try:
         return BoardWriter(path, facts, log_)
     except (OSError, NoSpace) as error:

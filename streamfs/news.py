@@ -27,6 +27,11 @@ class News:
         """Called when the first change or event comes in since the last look; with True where it should not wait."""
         self._urgent = False
 
+    def wake(self) -> None:
+        """Something that is of no stream is another now."""
+        if self.on_news is not None:
+            self.on_news(False)
+
     def touch(self, stream_id: int) -> None:
         """Something about the stream is another now: bytes, readers, state."""
         if not self.changed and self.on_news is not None:

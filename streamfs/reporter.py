@@ -15,6 +15,7 @@ import trio
 
 from streamfs.board.writer import BoardWriter
 from streamfs.engine.ranges import RangeSet
+from streamfs.errors import NoSpace
 from streamfs.filesystem import FileSystem
 from streamfs.stream import Stream
 
@@ -44,10 +45,13 @@ _FETCHES_AGAIN = 5.0  # seconds without a fetch after which the next is worth an
 class Reporter:
     """The board of one file system. Everything runs in the trio thread."""
 
-    def __init__(self, filesystem: FileSystem, board: BoardWriter) -> None:
+    def __init__(self, filesystem: FileSystem, board: BoardWriter, facts: dict[str, Any]) -> None:
+        """`facts`: what the daemon says of itself, besides "disk_error"."""
         self._fs = filesystem
+        self._facts = facts | {"disk_error": None}
         self._board = board
         self._woken = trio.Event()
+        self._woken.set()  # there may be news from before we listened, of which nobody is told again
         self._hurry = trio.Event()
         self._lives: dict[int, _Life] = {}  # of streams that were used since the daemon began
         self._moving: set[int] = set()  # those of them whose rates must go down if nothing comes
@@ -95,6 +99,14 @@ class Reporter:
         if urgent:
             self._hurry.set()
 
+    def _tell_facts(self) -> None:
+        self._facts["disk_error"] = self._fs.disk_error
+        try:
+            self._board.set_facts(self._facts)
+            self._board.stamp()
+        except NoSpace as error:
+            log.warning("the board cannot tell why the cache takes nothing: %s", error)
+
     def acknowledge(self, listener: str, seq: int) -> None:
         """As BoardWriter.acknowledge."""
         self._board.acknowledge(listener, seq)
@@ -109,6 +121,8 @@ class Reporter:
         """Write all that changed up to now."""
         changed, events = self._fs.news.take()
         changed.update(stream_id for stream_id in self._moving if self._lives[stream_id].rates_are_due())
+        if self._facts["disk_error"] != self._fs.disk_error:
+            self._tell_facts()
         if not changed:
             return
         for event in events:

@@ -404,6 +404,7 @@ class Stream:
 
     def _install(self, generation: Generation) -> None:
         self.generation = generation
+        self.news.touch(self.entry.id)
         self.context.cache.enter(generation)
 
     def _learned(self, facts: Facts) -> None:
@@ -433,6 +434,7 @@ class Stream:
 
     def _forget(self, generation: Generation) -> None:
         self.context.cache.leave(generation)
+        self.news.touch(self.entry.id)
         generation.buffer.close()
         if self.generation is generation:
             self.generation = None

@@ -151,6 +151,10 @@ class BoardWriter:
         words[layout.W_STREAMS] = len(self._slots)
         words[layout.W_CHANGES] += 1
 
+    def set_facts(self, facts: Mapping[str, Any]) -> None:
+        """The daemon says this of itself from now on. Raises NoSpace."""
+        self._store(layout.R_FACTS, layout.K_FACTS, facts)
+
     # Streams
 
     def put(self, stream_id: int, row: Mapping[str, Any]) -> bool:

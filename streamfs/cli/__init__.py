@@ -8,6 +8,8 @@
     configure.py config
     examples.py  examples for the help of the others
     show.py      ls, status
+    events.py    events
+    looking.py   what the board tells, without asking the daemon
     mount.py     mount, umount
     keep.py      save, evict, verify
     logs.py      logs

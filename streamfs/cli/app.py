@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import keyword
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 
 import click
 
-from streamfs.cli.completion import COMPLETION_VARIABLE, completion
-from streamfs.cli.configure import config
-from streamfs.cli.doctor import doctor
+from streamfs.cli.completion import COMPLETION_VARIABLE
 from streamfs.cli.examples import with_examples
-from streamfs.cli.keep import evict, save, verify
-from streamfs.cli.lists import export, import_
-from streamfs.cli.logs import logs
-from streamfs.cli.mount import mount, umount
-from streamfs.cli.register import add, mv, persist, rm, unpersist
-from streamfs.cli.show import ls, status
-from streamfs.cli.systemd import systemd
 from streamfs.errors import StreamfsError
 
 FAILURE, USAGE, INTERRUPT = 1, 2, 130
@@ -27,7 +20,55 @@ DEBUG_VARIABLE = "STREAMFS_DEBUG"
 """Set, it shows the traceback of what went wrong besides its one line."""
 
 
+_MODULES = {  # of streamfs.cli; in the order in which help lists them
+    "mount": ("mount", "umount"),
+    "register": ("add", "rm", "mv", "persist", "unpersist"),
+    "lists": ("import", "export"),
+    "show": ("ls", "status"),
+    "events": ("events",),
+    "keep": ("save", "evict", "verify"),
+    "configure": ("config",),
+    "logs": ("logs",),
+    "systemd": ("systemd",),
+    "doctor": ("doctor",),
+    "completion": ("completion",),
+}
+
+
+class _Commands(MutableMapping[str, click.Command]):
+    """The commands by name. The module of one is loaded when it is asked for: looking must be quick."""
+
+    def __init__(self) -> None:
+        self._places = {name: module for module, names in _MODULES.items() for name in names}
+        self._loaded: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._loaded:
+            module = importlib.import_module(f"streamfs.cli.{self._places[name]}")
+            command = getattr(module, name + "_" if keyword.iskeyword(name) else name)
+            self._loaded[name] = with_examples(command, name)
+        return self._loaded[name]
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._places.setdefault(name, "")
+        self._loaded[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._places[name]
+        self._loaded.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+
 @click.group(
+    commands=_Commands(),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Every option can also be set as STREAMFS_<COMMAND>_<OPTION> in the environment, for example "
     "STREAMFS_MOUNT_MEMORY=1GiB. STREAMFS_HOME=DIR keeps everything that streamfs writes under DIR.",
@@ -41,30 +82,6 @@ def cli() -> None:
       streamfs mount ~/streams
       mpv ~/streams/song.flac
     """
-
-
-for command in (
-    mount,
-    umount,
-    add,
-    import_,
-    export,
-    rm,
-    mv,
-    ls,
-    status,
-    persist,
-    unpersist,
-    save,
-    evict,
-    verify,
-    config,
-    logs,
-    systemd,
-    doctor,
-    completion,
-):
-    cli.add_command(with_examples(command, command.name or ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,9 @@ streamfs ls --json | jq -r '.streams[] | select(.state == "failed") | .name'""",
 streamfs status
 streamfs status radio.mp3 --watch
 streamfs status --json | jq '.streams[].buffered'""",
+    "events": """
+streamfs events --follow
+streamfs events --follow --listener notifier --json | while read -r event; do …; done""",
     "persist": """
 streamfs persist films/tour.mp4
 setfattr -n user.streamfs.persist -v 1 ~/streams/films/tour.mp4""",

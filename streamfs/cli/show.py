@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import click
 
 from streamfs.cli import types
-from streamfs.cli.registry import Row, open_registry
+from streamfs.cli.looking import Row, look
 from streamfs.home import Home
 
 JSON_VERSION = 1
@@ -30,8 +30,7 @@ _JSON_HELP = 'One JSON document: {"version": 1, "streams": [...]}.'
 )
 def ls(long: bool, as_json: bool) -> None:
     """List the streams. Asks no server."""
-    with open_registry(Home.locate()) as registry:
-        rows = registry.everything()
+    rows = look(Home.locate()).rows
     if as_json:
         _print(document(rows))
     elif long:
@@ -55,37 +54,35 @@ def ls(long: bool, as_json: bool) -> None:
 def status(names: tuple[str, ...], as_json: bool, watch: bool) -> None:
     """What the streams are doing: state, length, cached bytes, readers, errors."""
 
-    def look() -> str:
-        with open_registry(Home.locate()) as registry:
-            rows = registry.status(names)
-            live, disk_error = registry.live, registry.disk_error()
+    def show() -> str:
+        seen = look(Home.locate(), names)
         if as_json:
-            return document(rows, disk_error=disk_error)
-        text = table(rows, ("state", "size", "cached", "readers", "", "name", "error"))
-        if disk_error is not None:
-            text += f"\n(cache: {_visible(disk_error)}; memory goes on serving)"
-        return text if live else f"{text}\n(no daemon runs: see 'streamfs mount')"
+            return document(seen.rows, disk_error=seen.disk_error)
+        text = table(seen.rows, ("state", "size", "cached", "rate", "readers", "", "name", "error"))
+        if seen.disk_error is not None:
+            text += f"\n(cache: {_visible(seen.disk_error)}; memory goes on serving)"
+        return text if seen.live else f"{text}\n(no daemon runs: see 'streamfs mount')"
 
     if watch:
-        _watch(look, whole_screen=sys.stdout.isatty() and not as_json)
+        _watch(show, whole_screen=sys.stdout.isatty() and not as_json)
     else:
-        _print(look())
+        _print(show())
 
 
-def _watch(look: Callable[[], str], *, whole_screen: bool) -> None:
+def _watch(show: Callable[[], str], *, whole_screen: bool) -> None:
     """Show again and again until interrupted: in place on a terminal, else one after the other."""
     if not whole_screen:
         while True:
-            _print(look())
+            _print(show())
             sys.stdout.flush()
             time.sleep(WATCH_INTERVAL)
     from rich.live import Live
     from rich.text import Text
 
-    with Live(Text(look()), auto_refresh=False, screen=True) as live:
+    with Live(Text(show()), auto_refresh=False, screen=True) as live:
         while True:
             time.sleep(WATCH_INTERVAL)
-            live.update(Text(look()), refresh=True)
+            live.update(Text(show()), refresh=True)
 
 
 def document(rows: Sequence[Row], **more: str | None) -> str:
@@ -99,7 +96,7 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
         return ""
     cells = [[column.upper() for column in columns], *([_cell(row, column) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = {columns.index(name) for name in ("size", "cached", "readers") if name in columns}
+    right = {columns.index(name) for name in ("size", "cached", "rate", "readers") if name in columns}
     return "\n".join(
         "  ".join(
             text.rjust(width) if at in right else text.ljust(width)
@@ -115,6 +112,8 @@ def _cell(row: Row, column: str) -> str:
             return types.human_size(row.get("size"))
         case "cached":
             return types.human_size(row.get("buffered"))
+        case "rate":
+            return f"{types.human_size(row['rate'])}/s" if row.get("rate") else ""
         case "":
             return "P" if row.get("persist") else ""
         case _:
