@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.mounted import CLI, Mounted, names_in, wait_for
+from tests.mount.mounted import CLI, Mounted, checked, names_in, wait_for
 from tests.mount.origin import ScriptedOrigin
 from tests.servers import nginx
 
@@ -126,6 +126,11 @@ def test_podcasts_come_with_their_episodes(fs: Mounted, origin: ScriptedOrigin, 
     assert [(show / name).stat().st_size for name in names_in(show)] == [5000, 0, 4999], "as the feed says"
     assert fs.xattr("podcasts/Tech/The Show/Two.mp3", "user.mime_type") == "audio/mpeg"
     assert not episode.requests
+    copy = tmp_path / "copy"
+    first = subprocess.run(["cp", show / "Wrong.mp3", copy], capture_output=True, timeout=30, check=False)
+    assert first.returncode != 0 or copy.read_bytes() == episode.bytes(), "never cut short in silence"
+    checked(["cp", show / "Wrong.mp3", copy])
+    assert copy.read_bytes() == episode.bytes()
     for name in names_in(show):
         assert (show / name).read_bytes() == episode.bytes(), "whatever the feed says"
     assert (show / "Wrong.mp3").stat().st_size == 5000
