@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 BACKLOG = 32 * 1024 * 1024
 """Bytes one stream may hold in memory past the spill threshold while the disk catches up: a guess at what smooths
 a disk's pauses without starving other streams of memory."""
+ROOMY, ROOMY_FOR = 4 << 30, 0.25
+"""A disk that had ROOMY bytes to spare is not asked again for so many seconds, in which no disk takes as much: each
+question is a hop to a thread, and would come once for every step of spilling."""
 FREE_FLOOR = 64 * 1024 * 1024
 """Bytes the cache leaves free on its file system, so that it is never the one that fills the disk to the brim."""
 DISK_RETRY = 5.0
@@ -112,6 +115,7 @@ class Cache:
         self._wanted = trio.Event()  # wakes `run`
         self._moved = trio.Event()  # wakes who waits for memory; replaced at each use
         self._begun = self._done = 0  # passes of `run`
+        self._roomy_until = 0.0  # by time.monotonic()
         self._promised = 0  # bytes that may be written now, and are not measured yet
         self._promising = trio.Lock()
         self._refusals = 0  # how often the disk took nothing
@@ -584,11 +588,16 @@ class Cache:
         if counted and self.size is not None and self.disk_used + step > self.size:
             return False
         await self.removed()  # what was evicted has its space back only then
+        if step <= ROOMY // 2 and time.monotonic() < self._roomy_until:
+            return True
         try:
             disk = await trio.to_thread.run_sync(os.statvfs, self.directory, limiter=self._threads)
         except OSError:
             return True  # writing will tell what is wrong
-        return disk.f_bavail * disk.f_frsize - step >= FREE_FLOOR
+        free = disk.f_bavail * disk.f_frsize - step - FREE_FLOOR
+        if free >= ROOMY:
+            self._roomy_until = time.monotonic() + ROOMY_FOR
+        return free >= 0
 
     async def _reclaim(self, besides: Cached | None = None) -> bool:
         """Take some disk space back from an open stream that can fetch the bytes again, the one read least recently
@@ -642,6 +651,7 @@ class Cache:
             log.error("%s", text)
         self.disk_error = text
         if error.errno == errno.ENOSPC:
+            self._roomy_until = 0.0
             self._evict_one()
 
     async def _expire(self) -> None:
