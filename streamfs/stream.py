@@ -393,6 +393,12 @@ class Stream:
                     await body.aclose()
                 raise SourceFailed(f"the source has {facts.size} bytes, but its declared size is {options.size}")
             facts = Facts(options.size, facts.ranged, facts.validator, facts.mime, facts.modified)
+        if self._ended is not None:
+            # The daemon ends: what is here is for the next one, though it can be read no more in this.
+            if body is not None:
+                with trio.CancelScope(shield=True):
+                    await body.aclose()
+            raise again(self._ended)
         self._part_with_current()
         self._last_number += 1
         generation = Generation(self, self._last_number, facts)

@@ -159,7 +159,8 @@ def _number(fs: filesystem.FileSystem) -> int:
 
 
 def _on_disk(home: Path) -> int:
-    return sum(path.stat().st_size for path in (home / "cache").glob("*.index"))
+    """Bytes of data that went to disk."""
+    return sum(path.stat().st_blocks * 512 for path in (home / "cache").glob("*.data"))
 
 
 # sftp

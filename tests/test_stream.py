@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -333,6 +334,33 @@ async def test_who_has_it_open_keeps_the_version_when_it_is_evicted_or_removed(
         await settled()
         assert house.cache.pool.used == 0
         assert origin.bodies == 0
+
+
+@pytest.mark.parametrize("ticks", range(8))
+@pytest.mark.parametrize("command", [True, False])
+async def test_an_open_at_the_end_of_the_daemon_drops_nothing_that_is_kept(
+    command: bool, ticks: int, tmp_path: Path
+) -> None:
+    origin = Origin(size=MIB, ranged=not command, told=not command)
+    async with a_house(tmp_path) as house:
+        stream = house.stream(origin, command=command)
+        persist(house, stream)
+        await until(lambda: stream.state == "complete")
+        assert stream.persisted_path is not None
+        path = stream.persisted_path
+        async with trio.open_nursery() as nursery:
+
+            async def open_late() -> None:
+                with suppress(Closed):
+                    (await stream.open()).close()
+
+            nursery.start_soon(open_late)
+            for _ in range(ticks):
+                await trio.lowlevel.checkpoint()
+            stream.interrupt(Closed("the end"))
+        await stream.aclose()
+        await house.cache.removed()
+        assert path.read_bytes() == origin.content()
 
 
 @pytest.mark.parametrize("when", ["while it rests in memory", "while its file is made", "after it went to disk"])
