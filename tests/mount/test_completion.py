@@ -67,12 +67,10 @@ def terminal(request: pytest.FixtureRequest, unmounted: Mounted, tmp_path: Path)
         made.close()
 
 
-@pytest.mark.parametrize("running", [True, False])
-def test_the_tab_key_completes_commands_and_names(running: bool, terminal: Terminal, unmounted: Mounted) -> None:
+def test_the_tab_key_completes_commands_and_names(terminal: Terminal, unmounted: Mounted) -> None:
     for name in ("song 1*.flac", "logs/web:1", "logs/db"):
         unmounted.add(name, "--", "true")
-    if running:
-        unmounted.mount()
+    unmounted.mount()
     terminal.type(f"streamfs comp{TAB}")
     terminal.expect("completion")
     terminal.type(f"{CLEAR}streamfs mount --spill{TAB}")
