@@ -110,7 +110,7 @@ class Crowd:
         self._register(mode)
 
     def _register(self, mode: Mode) -> None:
-        quiet = StreamOptions(probe=False)
+        quiet = StreamOptions(probe=False, stall_timeout=3600.0)  # or a slow machine sees them time out
         specs = [StreamSpec(name="ok/healthy", source=UrlSource(url=self.healthy.as_uri()))]
         for number in range(self.count):
             name = f"s/{number}"
