@@ -103,6 +103,15 @@ def test_a_version_that_loses_its_name_is_not_gone_on_with() -> None:
     assert isinstance(reply(Asked(10, 20, expect=expect), 206, content_range="bytes 10-19/100"), Refused)
 
 
+def test_one_version_has_one_length() -> None:
+    expect = Facts(size=100, ranged=True, validator='etag:"a"')
+    assert isinstance(part(Asked(10, 20, expect=expect), "bytes 10-19/100"), Part)
+    assert isinstance(part(Asked(10, 20, expect=expect), "bytes 10-19/101"), Refused)
+    unnamed = Facts(size=100, ranged=False)
+    assert isinstance(reply(Asked(0, None, expect=unnamed), 200, content_length="100"), Whole)
+    assert isinstance(reply(Asked(0, None, expect=unnamed), 200, content_length="101"), Changed)
+
+
 def test_416_is_the_end_only_where_the_total_agrees() -> None:
     known = Facts(size=100, ranged=True, validator='etag:"a"')
     unknown = Facts(ranged=True, validator='etag:"a"')
