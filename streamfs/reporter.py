@@ -6,6 +6,7 @@ Whatever it does takes a bounded share of the event loop's time.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import time
 from collections.abc import Collection
@@ -251,12 +252,17 @@ def _details(stream: Stream) -> dict[str, Any]:
         ],
     }
     if generation is None:
-        return shown | {"received": 0, "memory": 0, "map": {"memory": [], "disk": []}, "fetches": []}
+        nothing = {"memory": [], "disk": [], "joined": False}
+        return shown | {"received": 0, "memory": 0, "map": nothing, "fetches": []}
     memory, disk = generation.buffer.places()
     return shown | {
         "received": generation.received,
         "memory": memory.total,
-        "map": {"memory": _ranges(memory), "disk": _ranges(disk)},
+        "map": {
+            "memory": _ranges(memory),
+            "disk": _ranges(disk),
+            "joined": max(len(memory), len(disk)) > MOST_RANGES,
+        },
         "fetches": [
             {"at": fetch.position, "until": fetch.limit, "ahead": fetch.ahead, "resting": fetch.resting}
             for fetch in generation.plan.fetches
@@ -269,14 +275,12 @@ def _ranges(places: RangeSet) -> list[list[int]]:
     found = [[start, stop] for start, stop in places]
     if len(found) <= MOST_RANGES:
         return found
-    gaps = sorted((found[i + 1][0] - found[i][1] for i in range(len(found) - 1)), reverse=True)
-    least = gaps[MOST_RANGES - 1]  # as many gaps as may stay are longer
-    joined = [found[0]]
-    for start, stop in found[1:]:
-        if start - joined[-1][1] > least:
-            joined.append([start, stop])
-        else:
-            joined[-1][1] = stop
+    longest = heapq.nlargest(MOST_RANGES - 1, range(1, len(found)), key=lambda i: found[i][0] - found[i - 1][1])
+    joined = []
+    first = 0
+    for following in (*sorted(longest), len(found)):
+        joined.append([found[first][0], found[following - 1][1]])
+        first = following
     return joined
 
 

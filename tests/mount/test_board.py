@@ -100,7 +100,7 @@ def test_a_row_tells_where_bytes_rest_and_what_came(fs: Mounted, tap: Tap) -> No
     with open(path, "rb", buffering=0) as file:
         assert file.read(3) == b"abc"
         row = row_when(fs, "live", buffered=6)
-        assert row["map"] == {"memory": [[0, 6]], "disk": []}
+        assert row["map"] == {"memory": [[0, 6]], "disk": [], "joined": False}
         assert (row["received"], row["memory"], row["size"]) == (6, 6, None)
         tap.close()
         row_when(fs, "live", state="complete", size=6)
@@ -127,7 +127,7 @@ def test_memory_and_disk_are_told_apart(fs: Mounted, tmp_path: Path) -> None:
     path.read_bytes()
     fs.run("persist", "big")
     row = row_when(fs, "big", state="complete", memory=0)
-    assert row["map"] == {"memory": [], "disk": [[0, 12 * MIB]]}
+    assert row["map"] == {"memory": [], "disk": [[0, 12 * MIB]], "joined": False}
     assert row["persisted_path"] == str(fs.data_files[0])
 
 
