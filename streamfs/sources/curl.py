@@ -601,7 +601,7 @@ def _range_applies(request: Request, known: _FileFacts) -> bool:
 
 
 def _header(request: Request, name: str) -> str | None:
-    return next((value for key, value in request.headers if key.lower() == name), None)
+    return next((value for key, value in (*request.headers, *request.varying) if key.lower() == name), None)
 
 
 def _bare_response(
