@@ -453,14 +453,14 @@ def read_by_many(readers: int, size: int) -> None:
     buffer.close()
 
 
-@pytest.mark.parametrize("readers, size", [(20, 8_000_000), (64, 1_500_000)])
+@pytest.mark.parametrize("readers, size", [(20, 8_000_000), (256, 10_000_000)])
 def test_many_readers_of_a_stream_that_spills_all_get_its_bytes(readers, size):
     read_by_many(readers, size)
 
 
 @pytest.mark.soak
 @pytest.mark.skipif(not MANY, reason="set STREAMFS_SOAK=1")
-@pytest.mark.parametrize("readers, size", [(20, 50_000_000), (256, 10_000_000)])
+@pytest.mark.parametrize("readers, size", [(20, 50_000_000), (256, 50_000_000)])
 def test_very_many_readers_of_a_long_stream_all_get_its_bytes(readers, size):
     read_by_many(readers, size)
 
