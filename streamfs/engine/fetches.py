@@ -82,7 +82,7 @@ class FetchPlan:
         self.lanes: Lanes | None = None
         self._lanes_failed = False
         self._latency = float("inf")  # seconds, the least so far
-        self._rate = 0.0  # bytes a second of one fetch, as last measured
+        self._rate = 0.0  # bytes a second of one fetch, the least so far; 0: not measured
         self._left: deque[int] = deque(maxlen=MOST_FETCHES)  # where the latest of those without read-ahead ended
 
     def first(self, size: int = FIRST_AHEAD) -> Fetch:
@@ -248,7 +248,8 @@ class FetchPlan:
         reading through a gap is as good as asking anew while it takes no longer."""
         self._latency = min(self._latency, latency)
         if count >= _SAMPLE:
-            self._rate = rate
+            # What had gathered before the first look makes a short request seem faster than its connection is.
+            self._rate = min(self._rate or rate, rate)
         self._gap = int(min(max(latency * rate, LEAST_GAP), MOST_GAP))
 
     def _start(self, start: int, stop: int) -> Fetch:
