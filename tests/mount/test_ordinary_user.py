@@ -84,7 +84,9 @@ streamfs ls
 streamfs umount
 ! grep fuse.streamfs /proc/self/mountinfo | grep "$PWD"
 ls mnt
-test -z "$(ls home/run)"
+test -z "$(ls home/run | grep -v "^board$")"
+i=0
+while ps -u "$(id -u)" -o stat=,comm= | grep -v ^Z | grep -q python && [ $i -lt 300 ]; do sleep 0.1; i=$((i+1)); done
 ps -u "$(id -u)" -o stat=,comm= | grep -v ^Z | grep python || echo none runs
 """
     done = as_user(user, folder, script, device="0666")
