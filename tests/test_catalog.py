@@ -301,6 +301,17 @@ def test_a_torn_catalogue_is_refused_or_gives_only_what_was_added(path: Path, at
         assert all(added[entry.name] == entry for entry in catalog.all())
 
 
+def test_a_catalogue_with_a_damaged_page_is_refused_when_it_is_opened_not_when_it_is_needed(path: Path) -> None:
+    with Catalog(path) as catalog:
+        catalog.add_many(spec(f"s{i}") for i in range(2000))
+    data = bytearray(path.read_bytes())
+    page = len(data) // 2 // 4096 * 4096
+    data[page : page + 4096] = os.urandom(4096)
+    path.write_bytes(data)
+    with pytest.raises(Damaged, match="move the file away"):
+        Catalog(path)
+
+
 @pytest.mark.parametrize(
     "change",
     [
