@@ -33,7 +33,18 @@ def run_in_namespace(
         prepare += [f"printf %s {shlex.quote(content)} > /mnt/file{number}", f"[ -e {path} ] || touch {path}"]
         prepare += [f"mount --bind /mnt/file{number} {path}"]
     return subprocess.run(
-        ["unshare", "--mount", "--propagation=slave", "sh", "-c", "\n".join([*prepare, script])],
+        [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "--propagation=slave",
+            "sh",
+            "-c",
+            "\n".join([*prepare, script]),
+        ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
