@@ -397,13 +397,13 @@ async def test_two_bodies_at_once_do_not_disturb_each_other(place: Place, transp
 
 
 async def at_rest(transports: Transports) -> None:
-    """Wait until no transfer is under way: those of files end in threads of their own, soon after they were given up."""
+    """Wait until no transfer is under way: those of files end in threads of their own, soon after."""
     loops = [transport._loop for transport in transports._files.values()]  # type: ignore[attr-defined]
     carriers = [transports._curl, *(loop.transport for loop in loops)]
     carriers = [carrier for carrier in carriers if carrier is not None]
     assert carriers, "nothing went through libcurl"
     with trio.fail_after(10):
-        while any(carrier.active_transfers for carrier in carriers):  # type: ignore[attr-defined]
+        while any(carrier.active_transfers for carrier in carriers):  # type: ignore[attr-defined]  # noqa: ASYNC110
             await trio.sleep(0.01)
 
 

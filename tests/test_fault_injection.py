@@ -245,7 +245,7 @@ async def test_a_fault_stays_with_its_stream(point: Point, fault: str, tmp_path:
 
 
 @pytest.mark.parametrize("fault", ["RuntimeError", "MemoryError", "OSError"])
-@pytest.mark.parametrize("name", ["_make_room", "_shrink", "_measure", "grew", "ready"])
+@pytest.mark.parametrize("name", ["_make_room", "_shrink", "_admit", "_create", "grew", "ready"])
 async def test_a_fault_in_the_cache_itself_ends_no_task_but_the_one_it_hits(
     name: str, fault: str, tmp_path: Path
 ) -> None:
