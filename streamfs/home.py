@@ -18,8 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import platformdirs
-
 from streamfs.errors import Busy, InvalidRequest, NotPermitted, StreamfsError
 
 HOME_VARIABLE = "STREAMFS_HOME"
@@ -60,6 +58,8 @@ class Home:
         if named:
             root = Path(named).absolute()
             return cls(root / "config", root / "state", root / "cache", root / "run", root)
+        import platformdirs  # here, as a home that is named does not need it, and looking must be quick
+
         places = platformdirs.PlatformDirs("streamfs", appauthor=False)
         state = places.user_state_path.absolute()
         return cls(places.user_config_path.absolute(), state, places.user_cache_path.absolute(), _run_directory(state))

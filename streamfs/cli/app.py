@@ -6,7 +6,6 @@ import importlib
 import keyword
 import os
 import sys
-import traceback
 from collections.abc import Iterator, MutableMapping, Sequence
 
 import click
@@ -122,6 +121,8 @@ def _sentence(text: str) -> str:
 
 def _fail(text: str, code: int) -> int:
     if os.environ.get(DEBUG_VARIABLE):
+        import traceback
+
         traceback.print_exc()
     line = " ".join(text.split())
     click.echo(f"streamfs: {line}".encode("utf-8", "surrogateescape"), err=True)
