@@ -475,13 +475,19 @@ async def test_a_refused_login_is_told_in_one_line_without_the_password(place: P
 
 
 @over_file_protocols
-async def test_a_file_that_may_not_be_read_or_is_a_folder_fails_with_one_line(
-    place: Place, transports: Transports
-) -> None:
+async def test_a_folder_fails_at_once_with_one_line(place: Place, transports: Transports) -> None:
     (place.root / "folder").mkdir(exist_ok=True)
-    assert "folder" in await failure_of(place.source("folder/", transports))
-    if place.kind != "sftp":
-        assert "folder" in await failure_of(place.source("folder", transports))
+    (place.root / "empty-folder").mkdir(exist_ok=True)
+    (place.root / "folder" / "file").write_bytes(b"data")
+    made = place.source("folder", transports)
+    for name in ("folder/", "folder", "empty-folder"):
+        text = await failure_of(place.source(name, transports))
+        assert "a folder" in text.removeprefix(place.url(name))
+        assert "attempts" not in text, "what cannot get better is not tried again"
+    with pytest.raises(SourceFailed, match="a folder"):
+        await made.probe()
+    await at_rest(transports)
+    assert (await read(place.source("folder/file", transports)))[1] == b"data"
 
 
 @pytest.mark.parametrize("place", ["ftp-tls", "ftps", "connect-proxy", "h2"], indirect=True)

@@ -21,7 +21,7 @@ import pwd
 import re
 import ssl
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
@@ -204,6 +204,8 @@ class CurlTransport:
         _start(transfer, target)
         await transfer.wait_until(lambda: transfer.received > 0)
         if transfer.failure is not None and transfer.received == 0:
+            if await self._is_folder(target, transfer.failure):
+                raise TransportError("refused", f"{target.shown}: the URL names a folder, not a file")
             return _refusal_or_raise(target, transfer, verdict)
         now = _FileFacts.told_by(easy)
         expected = known.size if span is None else span.length
@@ -212,6 +214,23 @@ class CurlTransport:
         if not same_length or now.modified != known.modified:
             raise TransportError("reset", f"{target.shown}: the file changed while it was being opened")
         return None
+
+    async def _is_folder(self, target: _Target, failure: BaseException) -> bool:
+        """Whether that is why a file could not be read. An sftp server opens a folder like a file, and then fails to
+        read it in the words of any other failure: only a folder can be listed."""
+        if target.scheme != "sftp" or not isinstance(failure, CurlFailure) or failure.code != _SSH:
+            return False
+        parts = target.parts._replace(path=target.parts.path + "/")
+        listed = _Target.of(replace(target.request, url=parts.geturl()))
+        transfer = Transfer(self._loop)
+        try:
+            _prepare_file(listed, transfer)
+            transfer.easy.setopt(pycurl.DIRLISTONLY, 1)
+            _start(transfer, listed)
+            await transfer.wait_until(lambda: transfer.received > 0)
+            return transfer.received > 0  # each has at least the names "." and ".."
+        finally:
+            _close(listed, transfer)
 
 
 class CurlResponse:
@@ -625,7 +644,8 @@ def _refusal_or_raise(target: _Target, transfer: Transfer, verdict: _HostKeyVerd
         if failure.code == _LOGIN_DENIED:
             return _Refusal(401, f"the login is refused ({text})")
         if failure.code == _FILE_NOT_FOUND:
-            return _Refusal(404, f"no such file ({text})")
+            or_folder = "" if target.scheme == "sftp" else ", or it is a folder"  # which has no size for ftp either
+            return _Refusal(404, f"no such file{or_folder} ({text})")
         if failure.code in (_ACCESS_DENIED, _RETR_FAILED):
             if reply == 550:  # FTP says so of what is missing and of what is forbidden
                 return _Refusal(404, f"no such file, or it may not be read ({text})")
