@@ -379,7 +379,10 @@ class Cache:
         """Write all of a complete generation to disk and make it durable. Raises NoSpace, and where the generation is
         complete no more what took its bytes away."""
         try:
-            async with self._room_to_settle(generation):
+            lost = await self._has_lost_its_names(generation)
+            async with self._room_to_settle(generation, _disk_bytes(generation) if lost else 0):
+                if lost:
+                    await self._move(generation)
                 await self._give_recording(generation, 0)  # its size is known by now
                 await self._on_disk(generation, generation.buffer.settle_for_good)
         except OSError as error:
@@ -387,6 +390,37 @@ class Cache:
             raise NoSpace(f"cannot keep the stream in {self.directory}: {error.strerror}") from error
         except ValueError as error:
             raise generation.buffer.failure or Damaged("cached bytes were lost while they were kept") from error
+
+    async def is_in_place(self, generation: Cached) -> bool:
+        """Whether the names of a generation's recording, if it has one, still lead to it: somebody may have deleted
+        the cache directory. Where that cannot be told, they do."""
+        try:
+            return not await self._has_lost_its_names(generation)
+        except OSError:
+            return True
+
+    async def _has_lost_its_names(self, generation: Cached) -> bool:
+        """Raises OSError."""
+        recording = generation.buffer.recording
+        if recording is None or generation in self._disowned:
+            return False
+        try:
+            await trio.to_thread.run_sync(recording.check_names, limiter=self._threads)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        return False
+
+    async def _move(self, generation: Cached) -> None:
+        """Give what rests in files without names a recording that has them. Raises OSError."""
+        async with self._creating:
+            path = self.directory / recording_name(generation.stream_id, generation.number)
+            new = await trio.to_thread.run_sync(Recording.create, path, generation.header, limiter=self._threads)
+            try:
+                await self._on_disk(generation, lambda: generation.buffer.move_to(new))
+            finally:
+                is_taken = generation.buffer.recording is new and generation in self._generations
+                if not is_taken or generation in self._disowned:
+                    self.discard(new)
 
     async def _on_disk(self, generation: Cached, work: Callable[[], T]) -> T:
         """Do disk work of a generation in a worker thread; what it takes on disk is measured after it, even where it
@@ -547,10 +581,11 @@ class Cache:
             self._promised -= promised
 
     @asynccontextmanager
-    async def _room_to_settle(self, generation: Cached) -> AsyncIterator[None]:
-        """As `_room_to_spill`, for all that a kept generation has in memory. Raises OSError where there is no room."""
+    async def _room_to_settle(self, generation: Cached, besides: int) -> AsyncIterator[None]:
+        """As `_room_to_spill`, for all that a kept generation has in memory, and so many bytes besides. Raises OSError
+        where there is no room."""
         async with self._promising:
-            while not await self._fits(promised := generation.buffer.memory, counted=False):
+            while not await self._fits(promised := generation.buffer.memory + besides, counted=False):
                 if not self._evict_one(besides=generation) and not await self._reclaim(besides=generation):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._promised += promised

@@ -559,7 +559,7 @@ class Stream:
         handle = await self.open()
         generation = handle.generation
         try:
-            if not generation.settled:
+            if not generation.settled or not await self.context.cache.is_in_place(generation):
                 await generation.fetch_all()
                 await generation.settle()
             self.error = None

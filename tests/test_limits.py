@@ -384,3 +384,69 @@ async def test_a_disk_that_serves_again_is_noticed_though_nothing_is_to_be_writt
         disk.remount("rw")
         await until(lambda: house.cache.disk_error is None)
         assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("ranged", [True, False], ids=["ranged", "one-way"])
+@pytest.mark.parametrize("whole", [True, False], ids=["settled", "under way"])
+async def test_what_is_persisted_is_kept_again_once_a_deleted_cache_directory_is_back(
+    whole: bool, ranged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamfs.stream.PERSIST_RETRY", (0.01, 0.02))
+    monkeypatch.setattr(cache_module, "DISK_RETRY", 0.1)
+    cache = tmp_path / "cache"
+    async with a_house(cache, memory=32 * MIB, spill_threshold=0) as house:
+        rest = trio.Event()
+        origin = Origin("kept", size=6 * MIB + 321, ranged=ranged, piece=MIB, stalls={4 * MIB: rest})
+        stream = house.stream(origin, command=not ranged, persist=True)
+        house.kept.add(stream.entry.id)
+        stream.set_entry(stream.entry)
+        await until(lambda: stream.buffered == 4 * MIB and house.cache.pool.used <= MIB)
+        if whole:
+            rest.set()
+            await until(lambda: stream.state == "complete")
+        shutil.rmtree(cache)
+        rest.set()
+        if whole:
+            stream.set_entry(stream.entry)  # asked for once more
+        await until(lambda: isinstance(stream.error, NoSpace))
+        assert str(cache) in str(stream.error)
+        handle = await stream.open()
+        for offset in range(0, origin.size, MIB):
+            await check(handle, origin, offset, MIB)  # out of files that have no names any more
+        opens = len(origin.opens)
+        cache.mkdir(mode=0o700)
+        await until(lambda: stream.state == "complete" and stream.error is None)
+        assert stream.persisted_path is not None
+        assert stream.persisted_path.read_bytes() == origin.content()
+        assert len(origin.opens) == opens, "what was here had to be fetched again"
+        for offset in range(0, origin.size, MIB):
+            await check(handle, origin, offset, MIB)
+        handle.close()
+        found = Recording.load(stream.persisted_path)
+        assert found is not None and found.durable and found.present().total == origin.size
+        assert sorted(path.name for path in cache.iterdir()) == ["2-1.data", "2-1.data.index"]
+    assert stream.problem is None
+
+
+async def test_damage_that_shows_while_a_recording_without_names_is_kept_again_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamfs.stream.PERSIST_RETRY", (0.01, 0.02))
+    cache = tmp_path / "cache"
+    async with a_house(cache, memory=32 * MIB, spill_threshold=0) as house:
+        rest = trio.Event()
+        origin = Origin("kept", size=6 * MIB, piece=MIB, stalls={4 * MIB: rest})
+        stream = house.stream(origin, persist=True)
+        house.kept.add(stream.entry.id)
+        stream.set_entry(stream.entry)
+        await until(lambda: stream.buffered == 4 * MIB and house.cache.pool.used <= MIB)
+        (data,) = cache.glob("*.data")
+        with data.open("r+b") as file:
+            file.seek(MIB + 5)
+            file.write(b"damaged")
+        shutil.rmtree(cache)
+        cache.mkdir(mode=0o700)
+        rest.set()
+        await until(lambda: stream.state == "complete" and stream.error is None)
+        assert stream.persisted_path is not None
+        assert stream.persisted_path.read_bytes() == origin.content()

@@ -328,6 +328,34 @@ class Buffer:
                 raise ValueError("this buffer has a recording already")
             self._store.recording = recording
 
+    def move_to(self, recording: Recording) -> None:
+        """Copy what rests on disk to another, empty `recording`, which has its place from then on. Reads go on
+        meanwhile. Blocks; gives up where the buffer is doomed. Raises OSError; then everything is where it was."""
+        with self._disk:
+            with self._lock:
+                old = self._store.recording
+                extents = old.extents(0, 1 << 63) if old is not None else []
+            for extent in extents:
+                assert old is not None
+                if self.doomed:
+                    return
+                out = memoryview(bytearray(extent.stop - extent.start))
+                try:
+                    old.read([extent], out, wait=True)
+                except DamagedExtent as damage:
+                    self._drop_damaged(damage)
+                else:
+                    recording.publish(recording.append([(extent.start, out)]))
+            with self._lock:
+                if self._closed or self._store.recording is not old:
+                    return
+                lost = recording.present()  # readers may have found damage meanwhile
+                for start, stop in [] if old is None else old.present():
+                    lost.discard(start, stop)
+                for start, stop in lost:
+                    recording.drop(start, stop)
+                self._store.recording = recording
+
     def spill(self, most: int = SPILL_BATCH, *, all_of_it: bool = False) -> int:
         """Move about `most` bytes from memory to the recording, in whole pieces: up to a piece more. Returns how many
         moved, 0 where nothing can. What a writer is filling stays, unless `all_of_it`; what it fills at this moment

@@ -276,14 +276,23 @@ class Recording:
         os.fsync(self._data.fd)
         if self._index is not None and self.path is not None:
             # The names first: they could lead to files of an earlier attempt otherwise, while the index says END.
-            _check_named(self.path, self._data.fd)
-            _check_named(_index_path(self.path), self._index.fd)
+            self.check_names()
             _sync_folder(self.path.parent)
             self.log_drops()
             self._log(2 * [(size, 0, 0, _END)])
             os.fsync(self._index.fd)
         self.size = size
         self.durable = not self._drops  # a reader may have found damage meanwhile
+
+    def check_names(self) -> None:
+        """Raises OSError where its names do not lead to its files: it is `durable` no more then. Blocks."""
+        if self._index is not None and self.path is not None:
+            try:
+                _check_named(self.path, self._data.fd)
+                _check_named(_index_path(self.path), self._index.fd)
+            except OSError:
+                self.durable = False
+                raise
 
     def log_drops(self) -> None:
         """Write to the index what `drop` took back. One thread at a time, as `append`. Raises OSError; then it is
