@@ -11,6 +11,7 @@ puts a `Turns` there.
 
 from __future__ import annotations
 
+import os
 import select
 import types
 from collections import deque
@@ -37,7 +38,14 @@ class _Nursery:
 
     async def _run(self, work: Callable[..., Awaitable[Any]], arguments: tuple[Any, ...]) -> None:
         try:
-            await _stepwise(work(*arguments), self._turns.pass_on)
+            while True:
+                try:
+                    await _stepwise(work(*arguments), self._turns.pass_on)
+                    return
+                except BlockingIOError:
+                    # The kernel took a request back, of a program that was killed, after it had said that there is one.
+                    # pyfuse3 ends its task at that, so it begins anew; the only one who raises this is its own reading.
+                    self._turns.pass_on()
         finally:
             self._turns.pass_on()
 
@@ -103,6 +111,7 @@ class Turns:
 
     async def wait_readable(self, fd: int) -> None:
         if self._poll is None:
+            os.set_blocking(fd, False)  # or a request that is taken back would leave everybody waiting for the next
             self._poll = select.poll()
             self._poll.register(fd, select.POLLIN)
         if self._streak < AT_ONCE and self._poll.poll(0):

@@ -43,7 +43,11 @@ class Loop:
                 break
             finally:
                 self.in_line -= 1
-            request = os.read(self.fd, 1)
+            try:
+                request = os.read(self.fd, 1)
+            except BlockingIOError:
+                self.tasks -= 1
+                raise
             self.exited = not request
             if not self.in_line:
                 nursery.start_soon(self.work, nursery)
@@ -54,9 +58,9 @@ class Loop:
 
 
 @asynccontextmanager
-async def running(handler: Handler) -> AsyncIterator[tuple[Loop, int]]:
+async def running(handler: Handler, turns: Turns | None = None) -> AsyncIterator[tuple[Loop, int]]:
     ours, theirs = os.pipe()
-    loop = Loop(Turns(), ours, handler)
+    loop = Loop(turns or Turns(), ours, handler)
     try:
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
@@ -88,6 +92,34 @@ async def test_requests_that_are_answered_at_once_are_answered_in_order_by_one_t
         await done.wait()
     assert answered == bytes(range(100))
     assert len(tasks) == 1
+
+
+async def test_a_request_that_is_taken_back_before_it_is_read_holds_up_nobody() -> None:
+    class TakenBack(Turns):
+        taken = 0
+
+        async def wait_readable(self, fd: int) -> None:
+            await super().wait_readable(fd)
+            if self.taken < 3:
+                self.taken += 1
+                os.read(fd, 1)
+
+    answered: list[bytes] = []
+    turns = TakenBack()
+
+    async def handler(request: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        answered.append(request)
+
+    async with running(handler, turns) as (loop, fd):
+        for number in range(3):
+            os.write(fd, b"x")
+            await trio.testing.wait_all_tasks_blocked()
+            assert turns.taken == number + 1
+        os.write(fd, b"y")
+        await trio.testing.wait_all_tasks_blocked()
+        assert answered == [b"y"]
+        assert loop.tasks <= 2
 
 
 async def test_while_handlers_wait_others_are_answered() -> None:

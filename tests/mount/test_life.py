@@ -249,3 +249,32 @@ def test_everything_that_streamfs_keeps_is_private(fs: Mounted, origin: Scripted
     for place in (fs.home, *fs.home.rglob("*")):
         mode = place.lstat().st_mode & 0o777
         assert mode & 0o077 == 0, f"{place} is {mode:o}"
+
+
+_TOLD_OF_REQUESTS_THAT_ARE_NONE = """
+import sys
+import trio
+from streamfs import turns
+
+async def wait_readable(self, fd, *, real=turns.Turns.wait_readable):
+    if self._poll is None:
+        return await real(self, fd)
+    await trio.lowlevel.checkpoint()
+
+turns.Turns.wait_readable = wait_readable
+from streamfs.cli import main
+sys.argv = ["streamfs", "mount", sys.argv[1], "--foreground"]
+main()
+"""
+
+
+def test_requests_that_the_kernel_takes_back_before_they_are_read_hold_up_nobody(unmounted: Mounted, tap: Tap) -> None:
+    path = unmounted.add("slow", *tap.argv)
+    unmounted.python(_TOLD_OF_REQUESTS_THAT_ARE_NONE, unmounted.mountpoint)
+    wait_for(lambda: is_mounted(unmounted.mountpoint) and unmounted.answers(), "the mount answers")
+    reader = unmounted.start(["cat", path])
+    tap.write(b"what comes while nothing is asked of the mount")
+    wait_for(lambda: unmounted.status("slow")["buffered"] > 0, "the bytes arrived")
+    tap.close()
+    assert reader.communicate(timeout=30)[0] == b"what comes while nothing is asked of the mount"
+    unmounted.umount()
