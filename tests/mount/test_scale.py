@@ -136,7 +136,7 @@ def named(name: str, folder: Path) -> Path:
 
 def test_what_only_a_scanner_has_read_goes_first(unmounted: Mounted, origin: ScriptedOrigin, tmp_path: Path) -> None:
     """The film that somebody watched stays, though the thumbnailer came later and read as much."""
-    unmounted.mount("--memory", "4MiB", "--spill-threshold", "64KiB", "--cache-size", "16MiB", "--scanners", "looker,x")
+    unmounted.mount("--memory", "4MiB", "--spill-threshold", "64KiB", "--cache-size", "20MiB", "--scanners", "looker,x")
     film = origin.add("film", 8 * MIB)
     assert checked(["cat", unmounted.add("film", film.url)]) == film.bytes()
     looker = named("looker", tmp_path)
