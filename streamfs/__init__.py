@@ -4,6 +4,7 @@ The map, from top to bottom; imports point downwards only:
 
 cli           the commands; parses, asks, prints
 daemon        the only trio.run: mount, signals, order of shutdown       mounting: the mountpoint
+web           a page and metrics for Prometheus, from the board alone
 fuse          the pyfuse3 adapter                                        control: requests over a unix socket
 interrupts    readers that were told to stop                             watchdog: an event loop that stands still
 turns         who reads the next request of the kernel

@@ -25,6 +25,7 @@ _MODULES = {  # of streamfs.cli; in the order in which help lists them
     "lists": ("import", "export"),
     "show": ("ls", "status"),
     "events": ("events",),
+    "web": ("web",),
     "keep": ("save", "evict", "verify"),
     "configure": ("config",),
     "logs": ("logs",),

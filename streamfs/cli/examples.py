@@ -26,6 +26,10 @@ streamfs status --json | jq '.streams[].buffered'""",
     "events": """
 streamfs events --follow
 streamfs events --follow --listener notifier --json | while read -r event; do …; done""",
+    "web": """
+streamfs web                        # then open http://127.0.0.1:9717/
+ssh -L 9717:127.0.0.1:9717 server   # looked at from elsewhere
+curl -s http://127.0.0.1:9717/metrics | grep streamfs_stream_state""",
     "persist": """
 streamfs persist films/tour.mp4
 setfattr -n user.streamfs.persist -v 1 ~/streams/films/tour.mp4""",

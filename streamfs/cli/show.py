@@ -85,7 +85,7 @@ def _watch(show: Callable[[], str], *, whole_screen: bool) -> None:
             live.update(Text(show()), refresh=True)
 
 
-def document(rows: Sequence[Row], **more: str | None) -> str:
+def document(rows: Sequence[Row], **more: object) -> str:
     """The machine-readable shape, on one line, in ASCII. `more`: what is said of all streams together."""
     return json.dumps({"version": JSON_VERSION, "streams": rows, **more})
 
