@@ -21,7 +21,7 @@ engine        the buffer: many readers, threads and trio, memory then disk
 home, spec    where things are; what a stream is registered with       mounts, processes: what the kernel tells
 news          what happens to streams, collected for the board           reporter: keeps the board
 logs, notify  the daemon's log; how a service manager learns about it
-errors        every error and its errno
+errors        every error and its errno                                descriptors: how many are left
 
 As a library: `StreamBuffer` gives random access to any iterable of bytes; `transformed` passes one through transforms,
 `Gunzip` and its kin or your own (`Transform`). `Board` reads what a running daemon shows of its streams.

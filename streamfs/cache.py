@@ -22,10 +22,11 @@ from typing import Protocol, TypeVar
 
 import trio
 
+from streamfs import descriptors
 from streamfs.engine.buffer import SPILL_BATCH, Buffer
 from streamfs.engine.pool import LARGE, Pool
 from streamfs.engine.recording import Header, Recording, disk_bytes, unlink_recording
-from streamfs.errors import Damaged, NoSpace
+from streamfs.errors import Damaged, NoSpace, TooManyFiles
 from streamfs.home import recording_name, recording_of
 from streamfs.news import News
 
@@ -198,7 +199,9 @@ class Cache:
 
     async def wake_dormant(self, stream_id: int, key: str) -> Recording | None:
         """The recording an earlier run left for the stream, if it is of the source `key`; it is the caller's now.
-        Raises Damaged where there was one that cannot be read at all, and is gone now."""
+        Raises Damaged where there was one that cannot be read at all, and is gone now; TooManyFiles."""
+        if stream_id in self._dormant:
+            await self.spare_descriptors()
         dormant = self._dormant.get(stream_id)
         if dormant is None:
             return None
@@ -216,6 +219,8 @@ class Cache:
             if recording.header.key != key:
                 return None
         except OSError as error:
+            if error.errno in descriptors.SPENT:
+                raise _too_many_files() from error  # nothing is wrong with it
             log.warning("cannot read the recording %s: %s", dormant.path, error)
             self._dormant.pop(stream_id, None)
             return None
@@ -276,6 +281,17 @@ class Cache:
         return loaded + sum(d.bytes for stream_id, d in self._dormant.items() if not self._is_kept(stream_id))
 
     # What fetches ask
+
+    async def spare_descriptors(self) -> None:
+        """Call before a source or a recording is opened: where descriptors are short, cached bytes that nobody uses
+        give theirs back, those used least recently first. Raises TooManyFiles where that does not help."""
+        while descriptors.are_short():
+            loaded = [g for g, size in self._generations.items() if size and not g.in_use and not g.kept]
+            oldest = min(loaded, key=lambda g: g.used, default=None)
+            if oldest is None:
+                raise _too_many_files()
+            oldest.drop()
+            await self.removed()  # its files are closed only then
 
     def grew(self, generation: Cached) -> None:
         """Call after a fetch brought bytes: starts spilling past the threshold."""
@@ -557,6 +573,8 @@ class Cache:
 
     async def _create(self, generation: Cached) -> None:
         create, path = Recording.create, self.directory / recording_name(generation.stream_id, generation.number)
+        if descriptors.are_short():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if generation in self._disowned:
             recording = await trio.to_thread.run_sync(Recording.anonymous, self.directory, limiter=self._threads)
         else:
@@ -709,6 +727,10 @@ class Cache:
     def _evict_dormant(self, stream_id: int) -> None:
         self.forget_dormant(stream_id)
         self.news.tell("evicted", stream_id)
+
+
+def _too_many_files() -> TooManyFiles:
+    return TooManyFiles("too many files and connections are open for the daemon's limit: see 'streamfs doctor'")
 
 
 def _memory_for_good(generation: Cached) -> int:

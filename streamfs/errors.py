@@ -55,6 +55,12 @@ class NoSpace(StreamfsError):
     errno: ClassVar[int] = _errno.ENOSPC
 
 
+class TooManyFiles(SourceFailed):
+    """The daemon may have no more files and connections open (ENFILE)."""
+
+    errno: ClassVar[int] = _errno.ENFILE
+
+
 class Damaged(StreamfsError):
     """Bytes in the cache failed their checksum and cannot be fetched again (EIO)."""
 

@@ -414,6 +414,7 @@ class Generation:
             window = fetch.window()
             stop = window if window is None or facts.size is None else min(window, facts.size)
             body: Body | None = None
+            await self._context.cache.spare_descriptors()
             with trio.move_on_after(LANE_PATIENCE if fetch.stop is not None else float("inf")):
                 body = await self._stream.source.open(fetch.position, stop, facts)
             if body is None:
@@ -423,6 +424,7 @@ class Generation:
                     await body.aclose()
                 raise SourceChanged("the source no longer serves ranges")
         else:
+            await self._context.cache.spare_descriptors()
             body = await self._stream.source.open(0, None, facts if self._stream.is_url else None)
         self.validated = time.monotonic()
         self._latency = trio.current_time() - began

@@ -185,7 +185,12 @@ class Interrupts:
             began = processes.now()
             waits = list(self._waits)
             search = [wait for wait in waits if wait.holders is None and began - wait.began >= LOOK_EVERY / 2]
-            seen = await self._look(waits, self.device, search)
+            try:
+                seen = await self._look(waits, self.device, search)
+            except OSError as error:  # out of descriptors or memory: some come back as others finish
+                log.warning("cannot look for readers that were told to end: %s", error)
+                rest = MOST_REST
+                continue
             for wait in seen.ended:
                 wait.scope.cancel()
             took = processes.now() - began

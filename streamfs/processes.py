@@ -17,6 +17,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from streamfs import descriptors
+
 log = logging.getLogger(__name__)
 
 _TOLD_TO_END = sum(
@@ -91,15 +93,19 @@ def waiting_threads(pid: int) -> int | None:
 def holders(inodes: Collection[int], device: tuple[int, int] | None) -> dict[int, dict[int, frozenset[int]]]:
     """Which processes have files of the mount open: {inode: {pid: the positions of its descriptors there}}.
     `device`: the mount's (major, minor); None: inode numbers alone must do. Finds nothing before Linux 5.14, which
-    does not tell the inodes of descriptors."""
+    does not tell the inodes of descriptors. Raises OSError where it could not look at all."""
     found: defaultdict[int, dict[int, frozenset[int]]] = defaultdict(dict)
     ours = os.getpid()
     for name in os.listdir("/proc"):  # noqa: PTH208 - thousands of names
         if not name.isdigit() or (pid := int(name)) == ours:
             continue
-        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to look at
+        try:
             for inode, positions in _held(pid, inodes, device).items():
                 found[inode][pid] = frozenset(positions)
+        except OSError as error:
+            if error.errno in descriptors.SPENT:
+                raise  # it may well be one of them
+            continue  # gone meanwhile, or not ours to look at
     return dict(found)
 
 

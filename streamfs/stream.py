@@ -314,6 +314,7 @@ class Stream:
         facts: Facts | None = None
         with trio.move_on_after(REVALIDATE if generation.buffer.buffered else float("inf")):
             try:
+                await self.context.cache.spare_descriptors()
                 facts = await self.source.probe()
             except NotPermitted:
                 raise
@@ -385,6 +386,7 @@ class Stream:
         body: Body | None = None
         facts = Facts()
         if self.is_url:
+            await self.context.cache.spare_descriptors()
             body = await self.source.open(0, first, None)
             facts = body.facts
         if options.size is not None:
@@ -421,6 +423,7 @@ class Stream:
         """Ask the source for its facts, for the catalogue. Never raises StreamfsError: `error` tells."""
         try:
             await self._follow_settings()
+            await self.context.cache.spare_descriptors()
             self._learned(await self.source.probe())
             self.error = None
         except StreamfsError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import pytest
 import trio
 import trio.testing
 
+from streamfs import descriptors
 from streamfs.engine.buffer import SPILL_BATCH
 from streamfs.engine.recording import Header, Recording
-from streamfs.errors import Closed, NoSpace
+from streamfs.errors import Closed, NoSpace, TooManyFiles
 from streamfs.stream import Stream
 from tests.fakes import named_bytes
 from tests.sourcefakes import KIB, MIB, Origin, a_house, settled, until
@@ -393,3 +395,69 @@ async def test_closing_while_bytes_move_to_disk_gives_every_piece_back(tmp_path:
             stream.interrupt(Closed("the end"))
         await stream.aclose()
         await until(lambda: house.cache.pool.used == 0)
+
+
+# Descriptors that run out
+
+
+async def test_without_a_descriptor_left_a_recording_is_kept_and_the_open_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path, 2, 1)
+    async with a_house(tmp_path) as house:
+        house.cache.scan([2])
+
+        def none_left(path: Path) -> Recording | None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        for what, how in ((Recording, ("load", none_left)), (descriptors, ("are_short", lambda: True))):
+            with monkeypatch.context() as patch:
+                patch.setattr(what, *how)
+                with pytest.raises(TooManyFiles):
+                    await house.cache.wake_dormant(2, "k")
+        assert await house.cache.wake_dormant(2, "k") is not None
+
+
+async def test_cached_bytes_that_nobody_uses_give_their_descriptors_to_who_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_house(tmp_path, spill_threshold=0) as house:
+        streams = []
+        for number in range(4):
+            origin = Origin(f"s{number}", size=MIB)
+            streams.append(house.stream(origin))
+            await read_all(streams[-1])
+            await until(lambda: not house.cache.pool.used)
+            await closed(streams[-1])
+        used = await streams[0].open()
+        taken = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        monkeypatch.setattr(descriptors, "are_short", lambda: len(os.listdir("/proc/self/fd")) > taken - 3)  # noqa: PTH208
+        await house.cache.spare_descriptors()
+        assert [stream.buffered > 0 for stream in streams] == [True, False, False, True]
+        monkeypatch.setattr(descriptors, "are_short", lambda: True)
+        other = house.stream(Origin("other"))
+        with pytest.raises(TooManyFiles, match="doctor"):
+            await other.open()
+        await check(used, Origin("s0", size=MIB), 0, MIB)
+        used.close()
+
+
+def test_descriptors_are_short_before_the_last_is_taken() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
+        with pytest.raises(OSError, match="Too many"):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        assert descriptors.are_short()
+        for _ in range(31):
+            os.close(taken.pop())
+        assert descriptors.are_short()
+        for _ in range(2):
+            os.close(taken.pop())
+        assert not descriptors.are_short()
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Collection, Sequence
 
@@ -85,6 +86,25 @@ async def test_nobody_looks_while_nobody_waits(autojump_clock: trio.testing.Mock
         await trio.sleep(100)
         assert looks.count == count
         nursery.cancel_scope.cancel()
+
+
+async def test_a_look_without_a_descriptor_left_is_made_up_for(autojump_clock: trio.testing.MockClock) -> None:
+    looks = 0
+
+    async def look(waits: Sequence[Wait], device: tuple[int, int] | None, search: Collection[Wait]) -> Seen:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return Seen(waits, False)
+
+    interrupts = Interrupts(look)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(interrupts.run)
+        with pytest.raises(Interrupted), interrupts.watch(7):
+            await trio.sleep(100)
+        nursery.cancel_scope.cancel()
+    assert looks == 2
 
 
 class World:

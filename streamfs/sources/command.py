@@ -268,7 +268,10 @@ def _prepare(argv: tuple[str, ...], cwd: str | None, environment: dict[str, str]
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("starting %r without setpriv, whose trial failed: %s", argv[0], error)
         launcher = ()
-    return launcher, _umask()
+    try:
+        return launcher, _umask()
+    except OSError as error:
+        raise SourceFailed(f"cannot run {argv[0]!r}: {error.strerror}") from error
 
 
 def _check_paths(program: str, cwd: str | None, search: str) -> None:
