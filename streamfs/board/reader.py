@@ -40,14 +40,14 @@ class Board:
             raise Unreachable(f"no board at {self.path} ({error.strerror}): 'streamfs mount' makes one") from error
         try:
             info = os.fstat(fd)
-            self._length = info.st_size & ~7
-            if self._length < HEAD:
+            length = info.st_size & ~7
+            if length < HEAD:
                 raise Damaged(f"{self.path} is no board")
-            self._bytes = mmap.mmap(fd, self._length, access=mmap.ACCESS_READ)
+            self._bytes = mmap.mmap(fd, length, access=mmap.ACCESS_READ)
         except BaseException:
             os.close(fd)
             raise
-        self._fd = fd
+        self._fd, self._length = fd, length
         self._identity = (info.st_dev, info.st_ino)
         self._words = memoryview(self._bytes).cast("Q")
         if self._words[W_MAGIC] != MAGIC or self._words[layout.W_VERSION] != layout.VERSION:
@@ -69,7 +69,8 @@ class Board:
         self.close()
 
     def refresh(self) -> bool:
-        """Go over to the board that is at the path now, if another daemon has made one: True where that is so."""
+        """Go over to the board that is at the path now, if another daemon has made one: True where that is so. Raises
+        as the constructor; there is nothing more to read then, only to close."""
         try:
             info = self.path.stat()
         except OSError:
@@ -77,10 +78,13 @@ class Board:
         if (info.st_dev, info.st_ino) == self._identity:
             return False
         before = self._bytes, self._words, self._fd
-        self._map()
-        before[1].release()
-        before[0].close()
-        os.close(before[2])
+        try:
+            self._map()
+        finally:
+            if self._bytes is not before[0]:
+                before[1].release()
+                before[0].close()
+                os.close(before[2])
         return True
 
     # Who writes it

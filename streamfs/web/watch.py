@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,13 +71,6 @@ class Watch:
             self.close()
         if self._board is None:
             self._board = Board(path)
-            return self._board
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._forget)  # a refresh that failed leaves no board to go on with
-            if self._board.refresh():
-                self._changes = -1
-            undo.pop_all()
+        if self._board.refresh():
+            self._changes = -1
         return self._board
-
-    def _forget(self) -> None:
-        self._board, self._changes, self._rows = None, -1, []

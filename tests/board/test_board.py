@@ -389,3 +389,18 @@ def test_there_are_not_too_many_listeners(path: Path, monkeypatch: pytest.Monkey
             board.acknowledge(name, last)
         with pytest.raises(InvalidRequest, match="2 listeners already"):
             board.acknowledge("c", last)
+
+
+def test_a_refresh_that_fails_keeps_no_file_open(path: Path) -> None:
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = descriptors()
+    for wrong in (b"", bytes(8192)):
+        with BoardWriter(path, {}), Board(path) as reader:
+            other = path.with_name("other")
+            other.write_bytes(wrong)
+            other.rename(path)
+            with pytest.raises(Damaged):
+                reader.refresh()
+    assert descriptors() == before

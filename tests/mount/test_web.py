@@ -205,6 +205,8 @@ def test_a_board_that_is_none_is_said_and_no_end(unmounted: Mounted) -> None:
     (run / "board").write_bytes(bytes(8192))
     assert "is no board" in site.document()["daemon"]["why"]
     assert site.metrics() == {("streamfs_up",): 0}
+    unmounted.mount()
+    assert site.document()["daemon"]["why"] is None
 
 
 def test_secrets_are_nowhere(fs: Mounted, site: Site, tmp_path: Path, origin: ScriptedOrigin) -> None:
