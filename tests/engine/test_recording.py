@@ -73,6 +73,29 @@ def test_the_data_file_is_plain_and_exactly_the_stream_once_complete(path):
     assert index_of(path).stat().st_mode & 0o777 == 0o600
 
 
+def test_what_was_written_is_never_written_again(path, monkeypatch):
+    """A torn write can then cost nothing but what it was to add."""
+    written: dict[int, RangeSet] = {}
+
+    def note(fd: int, start: int, count: int) -> int:
+        there = written.setdefault(fd, RangeSet())
+        before = there.total
+        there.add(start, start + count)
+        assert there.total == before + count, f"{start} was written before"
+        return count
+
+    pwrite, write = os.pwrite, os.write
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: note(fd, at, pwrite(fd, data, at)))
+    monkeypatch.setattr(os, "write", lambda fd, data: note(fd, os.lseek(fd, 0, os.SEEK_CUR), write(fd, data)))
+    recording = Recording.create(path, HEADER)
+    stops = [10, BLOCK // 2, BLOCK - 1, BLOCK + 5, 3 * BLOCK, SIZE - 1, SIZE]  # blocks that fill up little by little
+    for start, stop in zip([0, *stops], stops, strict=False):
+        put(recording, start, stop)
+    recording.complete(SIZE)
+    assert len(written) == 2 and SIZE in {there.total for there in written.values()}
+    assert get(Recording.load(path), 0, SIZE) == DATA
+
+
 def test_extents_end_at_block_boundaries(path):
     recording = Recording.create(path, HEADER)
     put(recording, 100, BLOCK + 50)

@@ -2,6 +2,8 @@ import array
 import gc
 import io
 import os
+import signal
+import sys
 import threading
 import time
 import zipfile
@@ -249,6 +251,41 @@ def test_an_interrupt_inside_the_stream_is_passed_on_and_is_not_the_end_for_othe
     assert buffer.size is None
 
 
+def test_a_signal_while_a_pull_waits_changes_no_byte():
+    came = []
+    before = signal.signal(signal.SIGALRM, lambda *_: came.append(1))
+    reading, writing = os.pipe()
+    try:
+        with Crew() as crew:
+            crew.start(_write_once, writing, came)
+            signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+            buffer = StreamBuffer(iter(partial(os.read, reading, 1000), b""))
+            assert buffer[:] == DATA
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        assert buffer[:] == DATA and buffer.size == len(DATA)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        os.close(reading)
+
+
+def _write_once(fd: int, came: list[int]) -> None:
+    """Write DATA in three parts, each after another signal has come."""
+    third = len(DATA) // 3
+    for number, at in enumerate((0, third, 2 * third)):
+        poll_until(lambda number=number: len(came) > number)
+        os.write(fd, DATA[at : at + third] if number < 2 else DATA[at:])
+    os.close(fd)
+
+
+def test_a_source_that_was_interrupted_is_an_error_and_never_zeros():
+    buffer = StreamBuffer(ScriptedStream([b"abc", InterruptedError(4, "Interrupted system call"), b"def"]))
+    for _ in range(2):
+        with pytest.raises(SourceFailed, match="Interrupted"):
+            buffer.read(0, 6)
+    assert buffer.read(0, 3) == b"abc"
+
+
 def test_a_source_error_reaches_every_waiting_thread():
     gate = Gate()
     buffer = StreamBuffer(generated([b"abc", gate, OSError("cable")]))
@@ -340,6 +377,16 @@ def test_below_max_size_nothing_is_written(monkeypatch):
     assert StreamBuffer(chunked(BIG[: 4 * LARGE], 50_000))[:] == BIG[: 4 * LARGE]
 
 
+def test_five_mib_stay_in_memory_unless_told_otherwise(monkeypatch):
+    made = []
+    anonymous = Recording.anonymous
+    monkeypatch.setattr(Recording, "anonymous", lambda folder: made.append(folder) or anonymous(folder))
+    data = named_bytes("default", 1, 7 * 1024**2)
+    with StreamBuffer(chunked(data, 1 << 16)) as buffer:
+        assert buffer.read(0, 5 * 1024**2) == data[: 5 * 1024**2] and not made
+        assert buffer.read(0, len(data)) == data and made
+
+
 def test_a_full_disk_is_no_space_for_bytes_that_did_not_fit_and_arrived_ones_stay(monkeypatch):
     def full(fd, data, offset):
         raise OSError(28, "No space left on device")
@@ -368,6 +415,37 @@ def test_bytes_that_arrived_do_not_wait_for_a_slow_pull():
     assert buffer[1:3] == b"bc" and buffer[2] == ord("c")
     gate.open()
     assert crew.join() == [b"abcdefghi"]
+
+
+def test_a_byte_that_has_arrived_does_not_wait_for_the_rest_of_a_burst():
+    gate = Gate()
+    stream = ScriptedStream([b"a", gate, b"b" * 100_000])
+    buffer = StreamBuffer(stream)
+    assert buffer.read(0, 1) == b"a"
+    assert stream.pulled == 1
+    gate.open()
+    assert buffer.read(1, 1) == b"b"
+
+
+def test_work_grows_with_the_bytes_and_not_faster():
+    def calls(count: int) -> int:
+        """How many functions are called to bring and to read so many chunks."""
+        made = 0
+
+        def counting(frame: object, event: str, argument: object) -> None:
+            nonlocal made
+            made += event in ("call", "c_call")
+
+        with StreamBuffer(chunked(bytes(count * 1000), 1000)) as buffer:
+            sys.setprofile(counting)
+            try:
+                for offset in range(0, count * 1000, 1000):
+                    assert len(buffer.read(offset, 1000)) == 1000
+            finally:
+                sys.setprofile(None)
+        return made
+
+    assert calls(4000) < 4.4 * calls(1000)
 
 
 def test_a_waiter_is_served_as_soon_as_its_bytes_arrive_though_the_puller_goes_on():

@@ -509,14 +509,14 @@ async def _read_through(
 ) -> bytes:
     """The bytes of `url`, where 127.0.0.1 counts as public, and names have the addresses `answers` gives, one list
     at each look, the last for good."""
-    truly = addresses.is_private
+    truly, truly_resolve = addresses.is_private, addresses.Resolver.resolve
     monkeypatch.setattr(addresses, "is_private", lambda address: address != "127.0.0.1" and truly(address))
 
     async def resolve(self: addresses.Resolver, url: str) -> list[str]:
         await trio.lowlevel.checkpoint()
         host = addresses.Origin.of(url).host
         if host not in answers:
-            return [host]
+            return await truly_resolve(self, url)
         return answers[host].pop(0) if len(answers[host]) > 1 else answers[host][0]
 
     monkeypatch.setattr(addresses.Resolver, "resolve", resolve)
@@ -543,6 +543,19 @@ async def test_a_public_url_reaches_no_private_address_by_a_name(
     url = f"http://public.test:{redirector.port}/to/" + quote("http://inner.test:9/x", safe="")
     with pytest.raises(NotPermitted):
         await _read_through(url, {"public.test": [["127.0.0.1"]], "inner.test": [[address]]}, monkeypatch)
+    assert len(redirector.paths) == 1
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.2", "2130706434", "0x7f000002", "017700000002", "127.2", "0x7f.2", "[::ffff:7f00:2]", "[::1]", "0"],
+)
+async def test_a_public_url_reaches_no_private_address_however_it_is_written(
+    host: str, redirector: Redirector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://public.test:{redirector.port}/to/" + quote(f"http://{host}:9/x", safe="")
+    with pytest.raises(NotPermitted):
+        await _read_through(url, {"public.test": [["127.0.0.1"]]}, monkeypatch)
     assert len(redirector.paths) == 1
 
 
@@ -644,6 +657,10 @@ def _check_secrets(posix: Posix) -> None:
     for arguments in (("ls",), ("ls", "-l"), ("ls", "--json"), ("status",), ("status", "--json"), ("doctor",), *SAVES):
         done = posix.fs.run(*arguments, check=False)
         shown[" ".join(arguments)] = done.stdout + done.stderr
+    shown |= {
+        path.name: path.read_bytes().decode("latin-1") for path in (posix.fs.home / "run").iterdir() if path.is_file()
+    }
+    assert any("works-userinfo" in text for where, text in shown.items() if "board" in where)
     assert any("user.streamfs.error" in where for where in shown)
     assert [where for where, text in shown.items() if CANARY in text] == []
 
