@@ -442,6 +442,26 @@ async def test_cached_bytes_that_nobody_uses_give_their_descriptors_to_who_needs
         used.close()
 
 
+async def test_without_a_descriptor_left_memory_goes_on_serving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamfs.cache.DISK_RETRY", 0.05)
+    async with a_house(tmp_path, spill_threshold=MIB, memory=32 * MIB) as house:
+        origin = Origin(size=4 * MIB, ranged=False, piece=256 * KIB)
+        handle = await house.stream(origin, command=True).open()
+        with monkeypatch.context() as patch:
+            await check(handle, origin, 0, 1)
+            patch.setattr(descriptors, "are_short", lambda: True)
+            for offset in range(0, origin.size, MIB):
+                await check(handle, origin, offset, MIB)
+            await until(lambda: "Too many open files" in (house.cache.disk_error or ""))
+            assert not any(tmp_path.iterdir())  # noqa: ASYNC240
+        await until(lambda: house.cache.disk_error is None and handle.generation.buffer.memory <= MIB)
+        for offset in range(0, origin.size, MIB):
+            await check(handle, origin, offset, MIB)
+        handle.close()
+
+
 def test_descriptors_are_short_before_the_last_is_taken() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
