@@ -8,8 +8,11 @@
     configure.py config
     examples.py  examples for the help of the others
     show.py      ls, status
+    top.py       top                         page.py, maps.py  its page, and the bars in it
     events.py    events
     looking.py   what the board tells, without asking the daemon
+    watching.py  the same again and again
+    waiting.py   persist --wait              progress.py  bars while something is copied, fetched, imported
     mount.py     mount, umount
     keep.py      save, evict, verify
     logs.py      logs

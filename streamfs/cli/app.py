@@ -24,6 +24,7 @@ _MODULES = {  # of streamfs.cli; in the order in which help lists them
     "register": ("add", "rm", "mv", "persist", "unpersist"),
     "lists": ("import", "export"),
     "show": ("ls", "status"),
+    "top": ("top",),
     "events": ("events",),
     "web": ("web",),
     "keep": ("save", "evict", "verify"),

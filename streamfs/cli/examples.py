@@ -23,6 +23,9 @@ streamfs ls --json | jq -r '.streams[] | select(.state == "failed") | .name'""",
 streamfs status
 streamfs status radio.mp3 --watch
 streamfs status --json | jq '.streams[].buffered'""",
+    "top": """
+streamfs top
+STREAMFS_HOME=~/other streamfs top   # of another home""",
     "events": """
 streamfs events --follow
 streamfs events --follow --listener notifier --json | while read -r event; do …; done""",
@@ -32,6 +35,7 @@ ssh -L 9717:127.0.0.1:9717 server   # looked at from elsewhere
 curl -s http://127.0.0.1:9717/metrics | grep streamfs_stream_state""",
     "persist": """
 streamfs persist films/tour.mp4
+streamfs persist --wait films/tour.mp4 && systemctl poweroff
 setfattr -n user.streamfs.persist -v 1 ~/streams/films/tour.mp4""",
     "unpersist": """
 streamfs unpersist films/tour.mp4

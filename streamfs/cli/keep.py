@@ -8,7 +8,6 @@ import os
 import secrets
 import signal
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -16,14 +15,13 @@ from types import FrameType
 import click
 
 from streamfs.cli import types
+from streamfs.cli.progress import Progress, bytes_progress
 from streamfs.cli.registry import connect, open_registry
 from streamfs.cli.show import JSON_VERSION
 from streamfs.errors import InvalidRequest, NoSpace, NotFound, SourceFailed, StreamfsError
 from streamfs.home import Home
 
 READ = 1 << 20  # bytes a read asks for: what the kernel takes in one FUSE request
-Progress = Callable[[int, int | None], None]
-"""Called with the bytes written so far and the length, None while that is unknown."""
 
 
 @click.command()
@@ -37,7 +35,7 @@ def save(name: str, dest: str) -> None:
     home = Home.open()
     target = _target(dest)
     client = connect(home)
-    with _ended_by_signals(), _part_of(target) as (fd, finish), _progress(name) as progress:
+    with _ended_by_signals(), _part_of(target) as (fd, finish), bytes_progress(name) as progress:
         if client is not None:
             with client:
                 mountpoint = str(client.call("ping")["mountpoint"])
@@ -182,24 +180,6 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _progress(name: str) -> Iterator[Progress]:
-    """A bar on standard error if that is a terminal; nothing otherwise."""
-    if not sys.stderr.isatty():
-        yield lambda done, size: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        *(BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, size: bar.update(task, completed=done, total=size)
 
 
 _CACHE_DIR = click.option(

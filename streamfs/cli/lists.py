@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,6 +11,7 @@ import click
 import msgspec
 
 from streamfs.cli import types
+from streamfs.cli.progress import Count, count_progress
 from streamfs.cli.registry import open_registry
 from streamfs.errors import InvalidRequest, NotFound, StreamfsError
 from streamfs.home import Home
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from streamfs.sources.base import Source
 
 MOST_SHOWN = 20  # problems that are named one by one
-Progress = Callable[[int, int], None]
 
 
 @click.command(
@@ -129,7 +127,7 @@ def _gathered(source: str, rules: Rules) -> Found:
 
     config = load(Home.open().config / FILE_NAME)
 
-    async def gather(told: Progress) -> Found:
+    async def gather(told: Count) -> Found:
         async with Transports() as transports:
 
             def opener(url: str) -> Source:
@@ -143,7 +141,7 @@ def _gathered(source: str, rules: Rules) -> Found:
                 data, base = _read_local(source)
             return await importing.gather(data, base, _shown(source), rules, opener, told)
 
-    with _progress() as told:
+    with count_progress("feeds") as told:
         try:
             return trio.run(gather, told)
         except BaseExceptionGroup as group:  # Ctrl-C while feeds are fetched
@@ -170,21 +168,6 @@ def _read_local(source: str) -> tuple[bytes, str]:
     if len(data) > MOST_BYTES:
         raise InvalidRequest(f"{source} is longer than the {MOST_BYTES >> 20} MiB of a list")
     return data, Path(source).absolute().as_uri()
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """Shows how many feeds have come, on a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn
-    from rich.progress import Progress as Bars
-
-    with Bars("feeds", BarColumn(), MofNCompleteColumn(), console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("feeds", total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def _shown(source: str) -> str:

@@ -244,14 +244,25 @@ def mv(old: str, new: str) -> None:
 
 @click.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, type=types.STREAM)
-def persist(names: tuple[str, ...]) -> None:
+@click.option("--wait", is_flag=True, help="Come back when all is on disk, or with 1 when something failed.")
+def persist(names: tuple[str, ...], wait: bool) -> None:
     """Fetch all of a stream and keep it.
 
     The fetch goes on whatever readers do, survives restarts, and is not evicted. Without a running daemon it begins
-    with the next mount.
+    with the next mount. --wait shows a bar on a terminal; Ctrl-C ends the wait and not the fetch.
     """
-    with open_registry(Home.locate()) as registry:
-        registry.persist(names, True)
+    home = Home.locate()
+
+    def ask() -> None:
+        with open_registry(home) as registry:
+            registry.persist(names, True)
+
+    if not wait:
+        ask()
+        return
+    from streamfs.cli.waiting import persist_and_wait
+
+    persist_and_wait(home, names, ask)
 
 
 @click.command()

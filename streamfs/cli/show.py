@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ def ls(long: bool, as_json: bool) -> None:
     elif long:
         _print(table(rows, ("state", "size", "cached", "", "name", "source")))
     elif sys.stdout.isatty():
-        _print("\n".join(_visible(row["name"]) for row in rows))
+        _print("\n".join(types.visible(row["name"]) for row in rows))
     else:
         _print("\n".join(row["name"] for row in rows))
 
@@ -60,7 +59,7 @@ def status(names: tuple[str, ...], as_json: bool, watch: bool) -> None:
             return document(seen.rows, disk_error=seen.disk_error)
         text = table(seen.rows, ("state", "size", "cached", "rate", "readers", "", "name", "error"))
         if seen.disk_error is not None:
-            text += f"\n(cache: {_visible(seen.disk_error)}; memory goes on serving)"
+            text += f"\n(cache: {types.visible(seen.disk_error)}; memory goes on serving)"
         return text if seen.live else f"{text}\n(no daemon runs: see 'streamfs mount')"
 
     if watch:
@@ -118,12 +117,7 @@ def _cell(row: Row, column: str) -> str:
             return "P" if row.get("persist") else ""
         case _:
             value = row.get(column)
-            return "" if value is None else _visible(str(value))
-
-
-def _visible(text: str) -> str:
-    """`text` without control characters, which could change what a terminal shows."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)
+            return "" if value is None else types.visible(str(value))
 
 
 def _print(text: str) -> None:

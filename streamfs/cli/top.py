@@ -1,0 +1,33 @@
+"""The live page: top."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import click
+
+from streamfs.errors import StreamfsError
+from streamfs.home import Home
+
+
+@click.command()
+def top() -> None:
+    """Show what all streams do, live.
+
+    \b
+      ▼            readers
+      ███▓▓▓▒··    in memory, on disk, in part, missing
+
+    Keys: the arrows choose a stream, p keeps it or no longer (persist), e evicts, Delete removes it after asking,
+    s and r choose the order, / filters by name, q ends. Works beside a daemon that hangs, and waits where none runs.
+    Needs textual: pip install 'streamfs[tui]'
+    """
+    if importlib.util.find_spec("textual") is None:
+        raise StreamfsError("'streamfs top' needs textual: pip install 'streamfs[tui]' (pipx inject streamfs textual)")
+    if not (sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()):
+        raise StreamfsError("'streamfs top' needs a terminal: 'streamfs status --watch' does not")
+    from streamfs.cli.page import run
+
+    if run(Home.locate()):
+        raise KeyboardInterrupt

@@ -1,0 +1,422 @@
+"""The page of `streamfs top`: its bars, its columns, and what its keys do, driven by textual's pilot."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from textual.pilot import Pilot
+from textual.widgets import Input, Static
+
+from streamfs.cli import maps
+from streamfs.cli.app import main
+from streamfs.cli.page import COLUMNS, Page, Question, Streams, layout, ordered
+from streamfs.cli.watching import Glance
+from streamfs.errors import NotPermitted
+from streamfs.home import Home
+from tests.test_control import Running
+
+MIB = 1 << 20
+ROOT = Path(__file__).parent.parent
+
+
+def row(number: int, name: str, **more: Any) -> dict[str, Any]:
+    base = {"id": number, "name": name, "source": f"http://h/{name}", "state": "idle", "size": None, "buffered": 0}
+    return {**base, "readers": 0, "persist": False, "error": None, **more}
+
+
+def mapped(size: int | None, memory: list[list[int]], disk: list[list[int]], **more: Any) -> dict[str, Any]:
+    return row(1, "a", size=size, map={"memory": memory, "disk": disk, "joined": False}, **more)
+
+
+# ── bars ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_bar_shows_memory_disk_parts_and_what_is_missing() -> None:
+    found = maps.cells(mapped(100, [[0, 20]], [[20, 35], [90, 100]]), 10)
+    assert found == ["memory"] * 2 + ["disk", "part"] + ["missing"] * 5 + ["disk"]
+
+
+def test_one_byte_of_many_shows_and_is_not_all() -> None:
+    assert maps.cells(mapped(1 << 40, [[5, 6]], []), 3) == ["part", "missing", "missing"]
+    assert maps.cells(mapped(1 << 40, [[0, (1 << 40) - 1]], []), 3) == ["memory", "memory", "part"]
+
+
+def test_a_bar_of_an_unknown_length_ends_where_the_bytes_end_and_begins_where_they_begin() -> None:
+    live = mapped(None, [[1000, 2000]], [], positions=[{"at": 1500, "pid": 1, "program": "x"}], fetches=[{"at": 2000}])
+    assert maps.extent(live) == (1000, 2000)
+    assert maps.cells(live, 4) == ["memory"] * 4
+    assert maps.marks(live, maps.positions(live), 4) == {2}
+    assert maps.marks(live, maps.fetching(live), 4) == {3}
+
+
+def test_bars_of_nothing() -> None:
+    assert maps.cells(row(1, "a"), 3) == ["missing"] * 3
+    assert maps.cells(mapped(0, [], [], state="complete"), 2) == ["missing"] * 2
+    assert maps.cells(row(1, "a", state="complete", size=9), 2) == ["disk"] * 2
+    assert maps.marks(mapped(0, [], []), [0], 5) == set()
+
+
+@given(
+    size=st.integers(1, 200),
+    memory=st.sets(st.integers(0, 199)),
+    disk=st.sets(st.integers(0, 199)),
+    width=st.integers(1, 250),
+)
+def test_a_bar_says_of_every_cell_what_its_bytes_are(size: int, memory: set[int], disk: set[int], width: int) -> None:
+    def runs(places: set[int]) -> list[list[int]]:
+        return [[at, at + 1] for at in sorted(places) if at < size]
+
+    here = {at for at in memory | disk if at < size}
+    found = maps.cells(mapped(size, runs(memory), runs(disk - memory)), width)
+    for cell in range(width):
+        touched = set(range(cell * size // width, -(-(cell + 1) * size // width)))
+        if touched <= here:
+            assert found[cell] in ("memory", "disk")
+        elif not touched & here:
+            assert found[cell] == "missing"
+        else:
+            assert found[cell] == "part"
+
+
+@given(width=st.integers(1, 300), longest=st.integers(1, 255))
+def test_columns_fill_the_width_and_never_more(width: int, longest: int) -> None:
+    found = layout(width, longest)
+    assert sum(found.values()) + len(found) - 1 == width
+    assert all(cells > 0 for cells in found.values())
+    assert list(found) == [key for key in COLUMNS if key in found]
+    assert "name" in found and (width < 17 or "map" in found)
+
+
+def test_orders() -> None:
+    rows = [row(1, "a", rate=5, size=7), row(2, "b"), row(3, "c", rate=9, size=1)]
+    names = {
+        (order, backwards): "".join(one["name"] for one in ordered(rows, order, backwards))
+        for order in ("name", "rate", "size")
+        for backwards in (False, True)
+    }
+    assert names == {
+        ("name", False): "abc",
+        ("name", True): "cba",
+        ("rate", False): "cab",
+        ("rate", True): "bac",
+        ("size", False): "acb",
+        ("size", True): "bca",
+    }
+
+
+# ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Scripted:
+    """In the place of the board: what the test shows."""
+
+    def __init__(self, *rows: dict[str, Any]) -> None:
+        self._next: Glance | None = None
+        self.closed = threading.Event()
+        self.show(*rows)
+
+    def show(self, *rows: dict[str, Any]) -> None:
+        self._next = Glance(list(rows), {"memory": 256 * MIB, "mountpoint": "/mnt"}, True, None)
+
+    def end(self) -> None:
+        self._next = Glance([], {}, False, "no daemon runs")
+
+    def glance(self) -> Glance | None:
+        found, self._next = self._next, None
+        return found
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+class Daemon:
+    """Notes what it is asked for."""
+
+    def __init__(self, home: Home) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.error: Exception | None = None
+        self.running = Running(home, {name: self._handler(name) for name in ("persist", "evict", "remove")})
+
+    def _handler(self, name: str) -> Callable[[dict[str, Any]], Awaitable[None]]:
+        async def handler(params: dict[str, Any]) -> None:
+            self.asked.append((name, params))
+            if self.error is not None:
+                raise self.error
+
+        return handler
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    monkeypatch.setenv("STREAMFS_HOME", str(tmp_path / "home"))
+    return Home.open()
+
+
+@pytest.fixture
+def daemon(home: Home) -> Iterator[Daemon]:
+    made = Daemon(home)
+    with made.running:
+        yield made
+
+
+def on_page(
+    home: Home, watch: Scripted, act: Callable[[Pilot[None], Page], Awaitable[None]], size: tuple[int, int] = (120, 30)
+) -> Page:
+    """Run the page with textual's own event loop while `act` drives it."""
+    page = Page(home, watch)
+
+    async def run() -> None:
+        async with page.run_test(size=size, notifications=True) as pilot:
+            await act(pilot, page)
+
+    asyncio.run(run())
+    assert watch.closed.wait(10)
+    return page
+
+
+async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await pilot.pause(0.01)
+        await pilot.pause()
+
+
+def listed(page: Page) -> list[str]:
+    return [one["name"] for one in page.query_one(Streams).rows]
+
+
+def lines(page: Page) -> list[str]:
+    """The list as it is drawn."""
+    streams = page.query_one(Streams)
+    return [streams.render_line(y).text for y in range(streams.size.height)]
+
+
+def text_of(page: Page, selector: str) -> str:
+    return str(page.query_one(selector, Static).render())
+
+
+def test_every_stream_has_a_line_with_its_bar_and_its_rates(home: Home) -> None:
+    reader = {"at": 50, "pid": 4711, "program": "mpv"}
+    fetch = {"at": 60, "until": 100, "ahead": 8 * MIB, "resting": True}
+    live = mapped(100, [[0, 60]], [], state="live", rate=2048, read_rate=1024, positions=[reader], fetches=[fetch])
+    live |= {"name": "film", "buffered": 60, "readers": 1, "memory": 60}
+    watch = Scripted(live, row(2, "lost", state="failed", error="the server says 404", persist=True))
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 2)
+        head, film, lost, *_ = lines(page)
+        assert head.split()[:2] == ["NAME*", "MAP"]
+        for shown in ("film", "█", "▼", "·", "live", "100 B", "2.0 KiB/s", "1.0 KiB/s"):
+            assert shown in film
+        assert "lost" in lost and "P!" in lost and "failed" in lost
+        more = text_of(page, "#details")
+        for shown in ("film", "60 B of 100 B", "http://h/a", "▲", "mpv (4711) at 50", "8.0 MiB ahead, rests"):
+            assert shown in more
+        await pilot.press("down")
+        assert "the server says 404" in text_of(page, "#details")
+        assert "2 streams  ↓ 2.0 KiB/s  ↑ 1.0 KiB/s  memory 60 B of 256.0 MiB" in text_of(page, "#head")
+
+    on_page(home, watch, act)
+
+
+@pytest.mark.parametrize("size", [(20, 8), (40, 12), (8, 5), (200, 50)])
+def test_narrow_terminals_show_what_fits(home: Home, size: tuple[int, int]) -> None:
+    names = ["a rather long name of a film.mp4", "日本語の長い名前のファイル.txt", "x\x1b[31m\udcff"]
+    watch = Scripted(*(row(number, name) for number, name in enumerate(names)))
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 3)
+        streams = page.query_one(Streams)
+        for y in range(streams.size.height):
+            strip = streams.render_line(y)
+            assert strip.cell_length == streams.size.width
+            assert "\x1b" not in strip.text and "\udcff" not in strip.text
+        assert "a ra" in "".join(lines(page))
+
+    on_page(home, watch, act, size)
+
+
+def test_keys_persist_and_evict_the_chosen_stream_wherever_it_moves(home: Home, daemon: Daemon) -> None:
+    watch = Scripted(row(1, "a"), row(2, "b", persist=True))
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 2)
+        await pilot.press("p")
+        await until(pilot, lambda: len(daemon.asked) == 1)
+        await pilot.press("down", "p")
+        await until(pilot, lambda: len(daemon.asked) == 2)
+        watch.show(row(3, "Z"), row(1, "a"), row(2, "b", persist=True))
+        await until(pilot, lambda: page.shown == 3)
+        await pilot.press("e")
+        await until(pilot, lambda: len(daemon.asked) == 3)
+
+    on_page(home, watch, act)
+    assert daemon.asked == [
+        ("persist", {"names": ["a"], "on": True}),
+        ("persist", {"names": ["b"], "on": False}),
+        ("evict", {"names": ["b"], "all": False}),
+    ]
+
+
+def test_remove_asks_first(home: Home, daemon: Daemon) -> None:
+    watch = Scripted(row(1, "a"), row(2, "b"))
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 2)
+        for no in ("n", "escape", "enter", "q"):
+            await pilot.press("d")
+            await until(pilot, lambda: isinstance(page.screen, Question))
+            assert "Remove a and its cached bytes?" in str(page.screen.query(Static).first().render())
+            await pilot.press(no)
+            await until(pilot, lambda: not isinstance(page.screen, Question))
+        assert daemon.asked == []
+        await pilot.press("down", "delete")
+        await until(pilot, lambda: isinstance(page.screen, Question))
+        await pilot.press("y")
+        await until(pilot, lambda: daemon.asked)
+
+    on_page(home, watch, act)
+    assert daemon.asked == [("remove", {"names": ["b"]})]
+
+
+def test_a_stream_that_took_the_name_meanwhile_is_not_removed(home: Home, daemon: Daemon) -> None:
+    watch = Scripted(row(1, "a"))
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 1)
+        await pilot.press("d")
+        watch.show(row(2, "a"), row(3, "b"))
+        await until(pilot, lambda: len(page._found.rows) == 2)
+        await pilot.press("y")
+        await until(pilot, lambda: page._notifications)
+        assert [note.severity for note in page._notifications] == ["error"]
+
+    on_page(home, watch, act)
+    assert daemon.asked == []
+
+
+def test_what_the_daemon_refuses_is_said_and_so_is_that_there_is_none(home: Home, daemon: Daemon) -> None:
+    watch = Scripted(row(1, "a"))
+    daemon.error = NotPermitted("'a' is [b]persisted[/b]")
+
+    def said(page: Page) -> list[str]:
+        return [note.message for note in page._notifications]
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 1)
+        await pilot.press("e")
+        await until(pilot, lambda: said(page))
+        assert said(page) == ["'a' is [b]persisted[/b]"]
+
+    on_page(home, watch, act)
+    daemon.running.__exit__(None, None, None)
+    watch = Scripted(row(1, "a"))
+
+    async def again(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 1)
+        await pilot.press("p")
+        await until(pilot, lambda: said(page))
+        assert said(page) == ["no daemon runs"]
+
+    on_page(home, watch, again)
+    daemon.running = Running(home, {})
+    daemon.running.__enter__()
+
+
+def test_sorting_and_filtering(home: Home) -> None:
+    watch = Scripted(row(1, "Alpha", rate=1), row(2, "beta", rate=3), row(3, "gamma", rate=2))
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 3)
+        await pilot.press("s")
+        assert listed(page) == ["beta", "gamma", "Alpha"]
+        await pilot.press("r")
+        assert listed(page) == ["Alpha", "gamma", "beta"]
+        await pilot.press("slash", "A", "l", "p")
+        await until(pilot, lambda: listed(page) == ["Alpha"])
+        assert "1 of 3 streams" in text_of(page, "#head")
+        await pilot.press("q", "enter")
+        assert page.query_one(Input).value == "Alpq"
+        assert "'Alpq'" in text_of(page, "#none")
+        await pilot.press("escape")
+        await until(pilot, lambda: page.shown == 3)
+
+    on_page(home, watch, act)
+
+
+def test_a_long_list_is_walked_through_with_its_head_in_place(home: Home) -> None:
+    watch = Scripted(*(row(number, f"stream-{number:05}") for number in range(10_000)))
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 10_000)
+        await pilot.press("end")
+        await until(pilot, lambda: "stream-09999" in lines(page)[-1])
+        assert lines(page)[0].startswith("NAME")
+        await pilot.press("home", "pagedown")
+        await until(pilot, lambda: "stream-00000" not in lines(page)[1] or "stream-00001" in lines(page)[2])
+        chosen = page.query_one(Streams).chosen
+        assert chosen is not None and 0 < chosen["id"] < 100
+
+    on_page(home, watch, act)
+
+
+def test_it_waits_for_a_daemon_and_says_so(home: Home) -> None:
+    watch = Scripted()
+    watch.end()
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: "no daemon runs" in text_of(page, "#none"))
+        await pilot.press("p", "e", "d", "down")  # there is nothing to do it to
+        watch.show(row(1, "a"))
+        await until(pilot, lambda: page.shown == 1)
+        assert not page.query_one("#none").display
+        watch.end()
+        await until(pilot, lambda: page.shown == 0)
+        assert "waiting" in text_of(page, "#none")
+
+    on_page(home, watch, act)
+
+
+@pytest.mark.parametrize(("key", "interrupted"), [("q", False), ("ctrl+c", True)])
+def test_keys_end_it(home: Home, key: str, interrupted: bool) -> None:
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 1)
+        await pilot.press(key)
+
+    assert on_page(home, Scripted(row(1, "a")), act).interrupted == interrupted
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_without_a_terminal_it_says_what_else_there_is(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["top"]) == 1
+    assert capfd.readouterr() == ("", "streamfs: 'streamfs top' needs a terminal: 'streamfs status --watch' does not\n")
+
+
+def test_without_textual_it_says_how_to_get_it(tmp_path: Path) -> None:
+    script = "import sys; sys.modules['textual'] = None; from streamfs.cli import main; sys.exit(main(['top']))"
+    environ = os.environ | {"STREAMFS_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, check=False)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.count("\n") == 1 and "pip install 'streamfs[tui]'" in done.stderr
+
+
+def test_the_picture_in_the_docs_can_be_drawn_again() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "screenshot"], capture_output=True, text=True, timeout=60, check=True
+    )
+    kept = (ROOT / "docs" / "top.svg").read_text()
+    for shown in ("<svg", "films/tour.mp4", "song.flac", "persist", "▼", "▓"):
+        assert shown in done.stdout
+        assert shown in kept
