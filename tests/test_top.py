@@ -176,7 +176,7 @@ def on_page(
     page = Page(home, watch)
 
     async def run() -> None:
-        async with page.run_test(size=size, notifications=True) as pilot:
+        async with page.run_test(size=size) as pilot:
             await act(pilot, page)
 
     asyncio.run(run())
@@ -298,8 +298,7 @@ def test_a_stream_that_took_the_name_meanwhile_is_not_removed(home: Home, daemon
         watch.show(row(2, "a"), row(3, "b"))
         await until(pilot, lambda: len(page._found.rows) == 2)
         await pilot.press("y")
-        await until(pilot, lambda: page._notifications)
-        assert [note.severity for note in page._notifications] == ["error"]
+        await until(pilot, lambda: "another name" in text_of(page, "#said"))
 
     on_page(home, watch, act)
     assert daemon.asked == []
@@ -309,14 +308,14 @@ def test_what_the_daemon_refuses_is_said_and_so_is_that_there_is_none(home: Home
     watch = Scripted(row(1, "a"))
     daemon.error = NotPermitted("'a' is [b]persisted[/b]")
 
-    def said(page: Page) -> list[str]:
-        return [note.message for note in page._notifications]
+    def said(page: Page) -> str:
+        return text_of(page, "#said")
 
     async def act(pilot: Pilot[None], page: Page) -> None:
         await until(pilot, lambda: page.shown == 1)
         await pilot.press("e")
         await until(pilot, lambda: said(page))
-        assert said(page) == ["'a' is [b]persisted[/b]"]
+        assert said(page) == "'a' is [b]persisted[/b]"
 
     on_page(home, watch, act)
     daemon.running.__exit__(None, None, None)
@@ -326,7 +325,7 @@ def test_what_the_daemon_refuses_is_said_and_so_is_that_there_is_none(home: Home
         await until(pilot, lambda: page.shown == 1)
         await pilot.press("p")
         await until(pilot, lambda: said(page))
-        assert said(page) == ["no daemon runs"]
+        assert said(page) == "no daemon runs"
 
     on_page(home, watch, again)
     daemon.running = Running(home, {})

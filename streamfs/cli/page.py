@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import threading
 import time
@@ -27,6 +28,7 @@ from textual.message import Message
 from textual.screen import ModalScreen
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
+from textual.timer import Timer
 from textual.widgets import Footer, Input, Static
 
 from streamfs.cli import maps
@@ -40,6 +42,7 @@ from streamfs.home import Home
 PAUSE = 0.2
 """Seconds between two looks at the board."""
 _SHARE = 5  # a look at a large board that took a second is followed by so many without one
+_SAID_FOR = 5.0  # seconds that a line about what was done is shown
 _PATIENCE = 5.0  # seconds of silence after which a daemon that was asked for something counts as hanging
 
 _GLYPHS: dict[maps.Cell, str] = {"memory": "█", "disk": "▓", "part": "▒", "missing": "·"}
@@ -360,6 +363,7 @@ class Page(App[None]):
     #none { height: 1fr; content-align: center middle; display: none; }
     Streams { height: 1fr; min-height: 3; }
     #details { height: auto; max-height: 10; border-top: solid $primary; padding: 0 1; }
+    #said { display: none; height: auto; max-height: 3; }
     #filter { display: none; height: 1; border: none; padding: 0; }
     .short #details { display: none; }
     Question { align: center middle; }
@@ -387,6 +391,7 @@ class Page(App[None]):
         self._found = Glance([], {}, False, "looking")
         self._order, self._backwards = ORDERS[0], False
         self._wanted = ""
+        self._hush: Timer | None = None
         self.interrupted = False
 
     def compose(self) -> ComposeResult:
@@ -394,6 +399,7 @@ class Page(App[None]):
         yield Static(id="none")
         yield Streams(id="streams")
         yield Static(id="details")
+        yield Static(id="said")
         yield Input(placeholder="part of a name", id="filter", compact=True)
         yield Footer()
 
@@ -429,7 +435,7 @@ class Page(App[None]):
         self._show()
 
     def on_resize(self, event: events.Resize) -> None:
-        self.screen.set_class(event.size.height < 16, "short")
+        self.screen_stack[0].set_class(event.size.height < 16, "short")
         self._show()
 
     def _show(self) -> None:
@@ -538,7 +544,7 @@ class Page(App[None]):
             if any(row["id"] == stream and row["name"] == name for row in self._found.rows):
                 self._ask(f"{name} removed", lambda daemon: daemon.remove((name,)))
             else:
-                self.notify("it has gone, or has another name", severity="error", markup=False)
+                self._say(Text("it has gone, or has another name", "bold red"))
 
         self.push_screen(Question(Text(f"Remove {visible(name)} and its cached bytes?")), answered)
 
@@ -561,9 +567,18 @@ class Page(App[None]):
     @on(Done)
     def _done(self, message: Done) -> None:
         if message.error is None:
-            self.notify(visible(message.what), timeout=3, markup=False)
+            self._say(Text(visible(message.what)))
         else:
-            self.notify(visible(message.error), severity="error", markup=False)
+            self._say(Text(visible(message.error), "bold red"))
+
+    def _say(self, text: Text) -> None:
+        """In a line of its own, for a while: a notice in front of the list would hide all of a narrow one."""
+        said = self.query_one("#said", Static)
+        said.update(text)
+        said.display = True
+        if self._hush is not None:
+            self._hush.stop()
+        self._hush = self.set_timer(_SAID_FOR, functools.partial(said.set_styles, "display: none;"))
 
     def action_interrupt(self) -> None:
         self.interrupted = True

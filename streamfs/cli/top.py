@@ -15,9 +15,7 @@ from streamfs.home import Home
 def top() -> None:
     """Show what all streams do, live.
 
-    \b
-      ▼            readers
-      ███▓▓▓▒··    in memory, on disk, in part, missing
+    Each has a map of its bytes: in memory, on disk, here in part, missing, and where its readers are.
 
     Keys: the arrows choose a stream, p keeps it or no longer (persist), e evicts, Delete removes it after asking,
     s and r choose the order, / filters by name, q ends. Works beside a daemon that hangs, and waits where none runs.

@@ -52,9 +52,10 @@ class Terminal:
             shown = self.shown()
             return all(text in shown for text in texts)
 
-        with contextlib.ExitStack() as stack:
-            stack.callback(lambda: None)
+        try:
             wait_for(look, f"{texts} on the screen")
+        except AssertionError as error:
+            raise AssertionError(f"{error}:\n{self.shown()}") from None
 
     def keys(self, *keys: str) -> None:
         self.tmux("send-keys", *keys)
@@ -93,7 +94,7 @@ def test_top_in_a_terminal_waits_for_a_daemon_and_shows_and_changes_its_streams(
         terminal.keys("Up", "p")
         fs.wait_for_state("data", "complete")
         wait_for(lambda: fs.xattr("data", "persist") == "1", "p persists")
-        terminal.wait("kept")
+        terminal.wait("  kept")  # in the details
         terminal.keys("p")
         wait_for(lambda: fs.xattr("data", "persist") == "0", "p again unpersists")
         terminal.keys("e")
