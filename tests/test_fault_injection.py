@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import inspect
 import logging
 import os
+import types
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,6 +182,15 @@ def descriptors(folder: Path) -> list[str]:
     return [link for link in links if link.startswith(str(folder))]
 
 
+def let_go_of_errors() -> None:
+    """Errors keep the frames they came through, and these what they had in hand, though nobody will use it any more."""
+    awaited = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
+    for trace in [found for found in gc.get_objects() if isinstance(found, types.TracebackType)]:
+        if not trace.tb_frame.f_code.co_flags & awaited:
+            with contextlib.suppress(RuntimeError):  # it is running
+                trace.tb_frame.clear()
+
+
 async def run(home: Path, point: Point, at: int, fault: str) -> Injected:
     """One fault in one call, with another stream beside it that must not notice."""
     injected = Injected(at, FAULTS[fault])
@@ -204,7 +215,9 @@ async def run(home: Path, point: Point, at: int, fault: str) -> Injected:
             await fs.add([spec_of("later")])
             assert await read_all(fs, "later", served["later"].content()) == 0, "the file system does not live on"
     del fs  # its streams keep their last error, which keeps what its frames had in hand
-    assert not descriptors(home), "descriptors were left open"
+    let_go_of_errors()
+    with trio.fail_after(10):  # a thread keeps what it had in hand for a moment after it has told of its end
+        await until(lambda: not descriptors(home))
     return injected
 
 
@@ -220,6 +233,8 @@ def identified(point: Point) -> str:
     return f"{point[0].__name__}.{point[1]}"
 
 
+ATTEMPTS = 10
+"""What depends on how fast bytes come (is memory short? did it rest on disk?) does not happen each time."""
 CASES = [
     *((point, fault) for point in SOURCE for fault in FAULTS),
     *((point, fault) for point in DISK for fault in ("OSError", "full disk", "RuntimeError", "MemoryError")),
@@ -236,11 +251,14 @@ CASES = [
 )
 async def test_a_fault_stays_with_its_stream(point: Point, fault: str, tmp_path: Path) -> None:
     fired = 0
-    for at in (0, 1, 3):
-        injected = await run(tmp_path / str(at), point, at, fault)
-        fired += injected.fired
-        if injected.calls <= at:
-            break  # it is not called that often
+    for attempt in range(ATTEMPTS):
+        for at in (0, 1, 3):
+            injected = await run(tmp_path / f"{attempt}-{at}", point, at, fault)
+            fired += injected.fired
+            if injected.calls <= at:
+                break  # it is not called that often
+        if fired:
+            break
     assert fired, f"{identified(point)} was never called: nothing was tested"
 
 
@@ -249,5 +267,8 @@ async def test_a_fault_stays_with_its_stream(point: Point, fault: str, tmp_path:
 async def test_a_fault_in_the_cache_itself_ends_no_task_but_the_one_it_hits(
     name: str, fault: str, tmp_path: Path
 ) -> None:
-    injected = await run(tmp_path, (Cache, name), 0, fault)
-    assert injected.fired
+    for attempt in range(ATTEMPTS):
+        injected = await run(tmp_path / str(attempt), (Cache, name), 0, fault)
+        if injected.fired:
+            return
+    pytest.fail(f"{name} was never called: nothing was tested")
