@@ -88,7 +88,7 @@ def test_top_in_a_terminal_waits_for_a_daemon_and_shows_and_changes_its_streams(
     with open(live, "rb", buffering=0) as file:
         tap.write(b"x" * 2000)
         assert len(file.read(1500)) == 1500
-        terminal.wait("data", "complete", "3.0 MiB", "live", "2.0 KiB", "▼", "█")
+        terminal.wait("data", "complete", "3.0 MiB", "live", "?", "▼", "█")
         terminal.keys("Down")
         terminal.wait(f"({os.getpid()}) at 1,500")
         terminal.keys("Up", "p")
