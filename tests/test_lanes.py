@@ -153,6 +153,8 @@ async def test_a_seek_meets_its_first_byte_after_one_round_trip_while_lanes_are_
         handle = await stream.open()
         for position in range(0, 128 * MIB, MIB):
             await handle.read(position, MIB)
+            if position > 48 * MIB and house.context.lanes > 2:  # their number goes up and down as rounds end
+                break
         assert house.context.lanes > 2
         began = trio.current_time()
         await handle.read(SIZE - 1 * MIB, 1)
