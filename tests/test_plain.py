@@ -12,7 +12,9 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamfs.sources.plain import HEAD_LIMIT, PlainResponse, PlainTransport, _Chunked, _Connection
+from streamfs.sources.connection import Connection
+from streamfs.sources.http1 import HEAD_LIMIT, Chunked
+from streamfs.sources.plain import PlainResponse, PlainTransport
 from streamfs.sources.transport import Identity, Request, TransportError
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
@@ -371,7 +373,7 @@ async def test_a_connection_serves_again_after_a_chunked_body(transport: PlainTr
         assert made.connections == 1
 
 
-class Scripted(_Connection):
+class Scripted(Connection):
     """A connection that gives `data` in pieces of the given sizes, then ends."""
 
     def __init__(self, data: bytes, sizes: list[int]) -> None:
@@ -405,7 +407,7 @@ def test_chunks_are_put_together_however_they_arrive(
     wire = b"".join(b"%X\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\nNEXT"
 
     async def run() -> tuple[bytes, bytes]:
-        decoder = _Chunked(Scripted(wire[ahead:], sizes), bytearray(wire[:ahead]))
+        decoder = Chunked(Scripted(wire[ahead:], sizes), bytearray(wire[:ahead]))
         got = bytearray()
         view = memoryview(bytearray(view_size))
         while count := await decoder.receive_into(view):
