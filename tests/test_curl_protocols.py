@@ -19,7 +19,9 @@ import trio
 from streamfs.errors import SourceChanged, SourceFailed
 from streamfs.sources.base import Facts
 from streamfs.sources.curl import KNOWN_HOSTS_VARIABLE
-from streamfs.sources.http import HttpBody, HttpSource, Transports
+from streamfs.sources.http import HttpSource
+from streamfs.sources.httpbody import HttpBody
+from streamfs.sources.transports import Transports
 from streamfs.spec import StreamOptions, StreamSpec, UrlSource
 from tests import servers
 from tests.servers import Certificates, Server

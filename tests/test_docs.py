@@ -17,7 +17,7 @@ import streamfs
 from streamfs import cache, filesystem, fuse, generation, spec, stream, xattrs
 from streamfs.cli.app import cli
 from streamfs.engine import fetches
-from streamfs.sources import addresses, curl, http, plain, replies
+from streamfs.sources import addresses, attempts, curl, http, plain, replies
 from streamfs.spec import MountOptions
 
 ROOT = Path(__file__).parent.parent
@@ -143,10 +143,10 @@ NUMBERS = [
     f"No byte for the stall timeout ({spec.DEFAULT_STALL_TIMEOUT:g} s for URLs",
     f"the answer is younger than {stream.FRESH:g} s",
     f"if the source cannot be reached within {stream.REVALIDATE:g} s",
-    f"up to {http.ATTEMPTS} attempts in a row without a new byte",
-    f"({http.FIRST_ATTEMPTS} where the first open cannot even connect, {http.PROBE_ATTEMPTS} for a probe)",
-    f"{http.BACKOFF_FIRST:g} s to {http.BACKOFF_CAP:g} s apart",
-    f"honoured up to {http.RETRY_AFTER_CAP:g} s",
+    f"up to {attempts.ATTEMPTS} attempts in a row without a new byte",
+    f"({attempts.FIRST_ATTEMPTS} where the first open cannot even connect, {attempts.PROBE_ATTEMPTS} for a probe)",
+    f"{attempts.BACKOFF_FIRST:g} s to {attempts.BACKOFF_CAP:g} s apart",
+    f"honoured up to {attempts.RETRY_AFTER_CAP:g} s",
     f"4xx answers other than {TOO_SOON} are not tried again",
     f"At most {addresses.MAX_REDIRECTS} redirects",
     f"kept for {addresses.RESOLVED_SECONDS:g} s",

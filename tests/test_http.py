@@ -14,9 +14,10 @@ import trio
 import trustme
 
 from streamfs.errors import NotPermitted, SourceChanged, SourceFailed, StreamfsError
-from streamfs.sources import addresses, http
+from streamfs.sources import addresses, attempts, http
 from streamfs.sources.base import Facts
-from streamfs.sources.http import HttpSource, Transports
+from streamfs.sources.http import HttpSource
+from streamfs.sources.transports import Transports
 from streamfs.spec import StreamOptions, StreamSpec, UrlSource
 from tests.faults.origin import DEFAULT_SIZE, Origin, content, serving
 
@@ -39,7 +40,7 @@ async def elsewhere() -> AsyncIterator[Running]:
 @pytest.fixture(params=["plain", "curl"])
 async def transports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Transports]:
     monkeypatch.setenv("STREAMFS_TRANSPORT", request.param)
-    monkeypatch.setattr(http, "BACKOFF_FIRST", 0.002)
+    monkeypatch.setattr(attempts, "BACKOFF_FIRST", 0.002)
     async with Transports() as made:
         yield made
 

@@ -14,7 +14,8 @@ import trio
 
 from streamfs.errors import SourceChanged, SourceFailed
 from streamfs.sources.base import Facts
-from streamfs.sources.http import HttpSource, Transports
+from streamfs.sources.http import HttpSource
+from streamfs.sources.transports import Transports
 from streamfs.spec import StreamOptions, StreamSpec, UrlSource
 from tests.servers import make_certificates, nginx
 

@@ -492,7 +492,7 @@ async def test_metadata_that_moves_in_a_second_reply_is_another_version(
     transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection breaks; the server, asked again, now mixes metadata in, where there was none before."""
-    monkeypatch.setattr("streamfs.sources.http.BACKOFF_FIRST", 0.002)
+    monkeypatch.setattr("streamfs.sources.attempts.BACKOFF_FIRST", 0.002)
 
     class Turncoat(Radio):
         async def _reply(self, stream: trio.SocketStream, asked: bool) -> None:

@@ -1,9 +1,14 @@
 """Where bytes come from: one protocol (base), and what follows it.
 
+transformed   any of them, its bytes passed through transforms
 command       standard output of a command
 file          file:/// URLs
-http          http, https, ftp, ftps, sftp: the meaning of replies, over the transports plain and curl
-transformed   any of them, its bytes passed through transforms
+http          http, https, ftp, ftps, sftp: what is asked, what is done with a reply
+  httpbody      the bytes, over as many replies as it takes     decoding, overlap: gzip; a second reading compared
+  replies       what a reply means     attempts: how often one is tried     addresses, credentials: where, and as whom
+  transports    which transport carries a URL     transport: what each of them does
+    plain         HTTP/1.1: a pool of connections     http1: heads and bodies     connection: sockets and TLS
+    curl          libcurl, for all else     curlmulti: its event loop     apart: in a thread of its own
 """
 
 from __future__ import annotations
@@ -15,8 +20,9 @@ import msgspec
 from streamfs.sources.base import Source
 from streamfs.sources.command import ProcessSource
 from streamfs.sources.file import FileSource
-from streamfs.sources.http import HttpSource, Transports
+from streamfs.sources.http import HttpSource
 from streamfs.sources.transformed import TransformedSource
+from streamfs.sources.transports import Transports
 from streamfs.spec import StreamSpec, UrlSource
 
 __all__ = ["Transports", "make_source"]

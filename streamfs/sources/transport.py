@@ -19,12 +19,16 @@ class TransportError(StreamfsError):
     """The exchange broke. `kind`:
     "connect": no connection (name, route, refusal); "tls": handshake or certificate; "reset": broken before
     a reply head; "truncated": the body ended before its declared end; "protocol": not HTTP, or over a limit;
-    "refused": an option or address that must not be used.
-    Worth another try: connect, reset, truncated. Never: tls, protocol, refused."""
+    "refused": an option or address that must not be used."""
 
     def __init__(self, kind: Literal["connect", "tls", "reset", "truncated", "protocol", "refused"], text: str) -> None:
         super().__init__(text)
         self.kind = kind
+
+    @property
+    def passing(self) -> bool:
+        """Whether another try may help."""
+        return self.kind in ("connect", "reset", "truncated")
 
 
 @dataclass(frozen=True, slots=True)

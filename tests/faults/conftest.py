@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from streamfs.sources import http
-from streamfs.sources.http import Transports
+from streamfs.sources import attempts
+from streamfs.sources.transports import Transports
 from tests.faults.origin import Origin, serving
 
 TRANSPORTS = ["plain", "curl"]
@@ -29,6 +29,6 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 async def transports(transport: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Transports]:
     # What matters here is how often and whether something is tried again, not the time between.
-    monkeypatch.setattr(http, "BACKOFF_FIRST", 0.002)
+    monkeypatch.setattr(attempts, "BACKOFF_FIRST", 0.002)
     async with Transports() as made:
         yield made

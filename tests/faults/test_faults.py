@@ -9,7 +9,9 @@ import pytest
 import trio
 
 from streamfs.errors import NotPermitted, SourceChanged, SourceFailed, SourceStalled, StreamfsError
-from streamfs.sources.http import HttpBody, HttpSource, Transports
+from streamfs.sources.http import HttpSource
+from streamfs.sources.httpbody import HttpBody
+from streamfs.sources.transports import Transports
 from streamfs.spec import StreamOptions, StreamSpec, UrlSource
 from tests.faults.origin import DEFAULT_SIZE, Origin, content, whose
 

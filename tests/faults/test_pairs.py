@@ -11,7 +11,9 @@ import pytest
 import trio
 
 from streamfs.errors import StreamfsError
-from streamfs.sources.http import HttpBody, HttpSource, Transports
+from streamfs.sources.http import HttpSource
+from streamfs.sources.httpbody import HttpBody
+from streamfs.sources.transports import Transports
 from streamfs.spec import StreamOptions, StreamSpec, UrlSource
 from tests.faults.origin import DEFAULT_SIZE, FAULTS, Origin, content, whose
 

@@ -29,7 +29,7 @@ from streamfs.cli import main
 from streamfs.control import wire
 from streamfs.errors import AlreadyExists, InvalidRequest, NotFound, NotPermitted, StreamfsError
 from streamfs.sources import addresses, make_source
-from streamfs.sources.http import Transports
+from streamfs.sources.transports import Transports
 from streamfs.spec import CommandSource, ShellSource, StreamSpec, UrlSource
 from tests.mount.mounted import CLI, WAIT, Mounted, wait_for
 from tests.mount.posix_redirects import BODY, Redirector
