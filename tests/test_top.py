@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from textual.containers import VerticalScroll
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
@@ -219,11 +220,11 @@ def test_every_stream_has_a_line_with_its_bar_and_its_rates(home: Home) -> None:
         for shown in ("film", "█", "▼", "·", "live", "100 B", "2.0 KiB/s", "1.0 KiB/s"):
             assert shown in film
         assert "lost" in lost and "P!" in lost and "failed" in lost
-        more = text_of(page, "#details")
+        more = text_of(page, "#more")
         for shown in ("film", "60 B of 100 B", "http://h/a", "▲", "mpv (4711) at 50", "8.0 MiB ahead, rests"):
             assert shown in more
         await pilot.press("down")
-        assert "the server says 404" in text_of(page, "#details")
+        assert "the server says 404" in text_of(page, "#more")
         assert "2 streams  ↓ 2.0 KiB/s  ↑ 1.0 KiB/s  memory 60 B of 256.0 MiB" in text_of(page, "#head")
 
     on_page(home, watch, act)
@@ -242,6 +243,31 @@ def test_narrow_terminals_show_what_fits(home: Home, size: tuple[int, int]) -> N
             assert strip.cell_length == streams.size.width
             assert "\x1b" not in strip.text and "\udcff" not in strip.text
         assert "a ra" in "".join(lines(page))
+
+    on_page(home, watch, act, size)
+
+
+@pytest.mark.parametrize(("size", "told"), [((30, 16), 6), ((30, 18), 6), ((60, 23), 6), ((30, 30), 10)])
+def test_details_leave_room_for_the_list_and_scroll(home: Home, size: tuple[int, int], told: int) -> None:
+    reader = {"at": 50, "pid": 4711, "program": "mpv"}
+    source = "https://films.example.org/" + "a-long-way-down/" * 40 + "film.mkv"
+    live = mapped(100, [[0, 60]], [], state="live", positions=[reader], error="no route to the host " * 10)
+    watch = Scripted(live | {"source": source}, *(row(number, f"n{number}") for number in range(2, 5)))
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 4)
+        details = page.query_one("#details", VerticalScroll)
+        assert details.outer_size.height == told
+        assert [line.split()[0] for line in lines(page)[1:5]] == ["a", "n2", "n3", "n4"]
+        seen = "\n".join(strip.text for strip in page.screen._compositor.render_strips()[-told:])
+        assert "▼" in seen and "█" in seen and "·" in seen  # its map is what is seen first
+        assert "film.mkv" in text_of(page, "#more") and "film.mkv" not in seen
+        await pilot.press("J", "J")
+        assert details.scroll_offset.y == 2
+        await pilot.press("shift+down", "K", "shift+up")
+        assert details.scroll_offset.y == 1
+        await pilot.press("down")
+        assert details.scroll_offset.y == 0  # another stream is told from its beginning
 
     on_page(home, watch, act, size)
 

@@ -22,7 +22,7 @@ from rich.text import Text
 from textual import events, on
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical
+from textual.containers import Vertical, VerticalScroll
 from textual.geometry import Size
 from textual.message import Message
 from textual.screen import ModalScreen
@@ -81,6 +81,7 @@ COLUMNS = {
 _FIRST_TO_GO = ("ahead", "cached", "readers", "read", "size", "rate", "state", "flags")
 _WIDEST_NAME = 40
 _NARROWEST_MAP = 4
+_MARGINS = 2  # cells beside the details: one to the left, the bar for scrolling to the right
 ORDERS = ("name", "rate", "read", "cached", "size", "readers")
 
 
@@ -155,8 +156,8 @@ def bar(row: Row, width: int, marked: bool = True) -> Text:
 
 
 def details(row: Row, width: int) -> Text:
-    """More of one stream, in lines of at most `width` cells."""
-    text = Text(no_wrap=True, overflow="ellipsis")
+    """More of one stream: its map is `width` cells wide, and what may be long comes last."""
+    text = Text()
     text.append(visible(row["name"]), "bold")
     text.append(f"  {row['state']}", _STATES.get(row["state"], ""))
     text.append(f"  {human_size(row['buffered'])} of {human_size(row['size'])}")
@@ -164,7 +165,7 @@ def details(row: Row, width: int) -> Text:
         text.append(f", {human_size(row['memory'])} in memory")
     if row["persist"]:
         text.append("  kept" if row.get("persisted_path") else "  to be kept")
-    text.append(f"\n{visible(row['source'])}\n", "dim")
+    text.append("\n")
     readers, fetches = maps.marks(row, maps.positions(row), width), maps.marks(row, maps.fetching(row), width)
     text.append("".join(_READER if at in readers else " " for at in range(width)) + "\n", "bold bright_yellow")
     text.append_text(bar(row, width, marked=False))
@@ -180,6 +181,7 @@ def details(row: Row, width: int) -> Text:
         text.append(f"{_FETCH} at {fetch['at']:,} to {until}, {human_size(fetch['ahead'])} ahead{resting}\n")
     if row.get("title"):
         text.append(f"plays {visible(row['title'])}\n", "italic")
+    text.append(visible(row["source"]), "dim")
     return text
 
 
@@ -362,7 +364,12 @@ class Page(App[None]):
     #head { height: 1; text-style: bold; }
     #none { height: 1fr; content-align: center middle; display: none; }
     Streams { height: 1fr; min-height: 3; }
-    #details { height: auto; max-height: 10; border-top: solid $primary; padding: 0 1; }
+    #details {
+        height: auto; max-height: 10; border-top: solid $primary; padding-left: 1;
+        scrollbar-size-vertical: 1; scrollbar-gutter: stable;
+    }
+    #more { height: auto; }
+    .low #details { max-height: 6; }
     #said { display: none; height: auto; max-height: 3; }
     #filter { display: none; height: 1; border: none; padding: 0; }
     .short #details { display: none; }
@@ -382,6 +389,8 @@ class Page(App[None]):
         Binding("r", "reverse", "reverse"),
         Binding("slash", "filter", "filter", key_display="/"),
         Binding("escape", "clear", show=False),
+        Binding("J,shift+down", "details(1)", show=False),
+        Binding("K,shift+up", "details(-1)", show=False),
     ]
 
     def __init__(self, home: Home, watch: Watching) -> None:
@@ -391,6 +400,7 @@ class Page(App[None]):
         self._found = Glance([], {}, False, "looking")
         self._order, self._backwards = ORDERS[0], False
         self._wanted = ""
+        self._told: int | None = None  # of whom the details are
         self._hush: Timer | None = None
         self.interrupted = False
 
@@ -398,7 +408,8 @@ class Page(App[None]):
         yield Static(id="head")
         yield Static(id="none")
         yield Streams(id="streams")
-        yield Static(id="details")
+        with VerticalScroll(id="details", can_focus=False):
+            yield Static(id="more")
         yield Static(id="said")
         yield Input(placeholder="part of a name", id="filter", compact=True)
         yield Footer()
@@ -436,6 +447,7 @@ class Page(App[None]):
 
     def on_resize(self, event: events.Resize) -> None:
         self.screen_stack[0].set_class(event.size.height < 16, "short")
+        self.screen_stack[0].set_class(event.size.height < 24, "low")
         self._show()
 
     def _show(self) -> None:
@@ -481,10 +493,17 @@ class Page(App[None]):
 
     @on(Streams.Chosen)
     def _tell_more(self) -> None:
-        row, shown = self._streams.chosen, self.query_one("#details", Static)
+        row, shown = self._streams.chosen, self.query_one("#details", VerticalScroll)
         shown.display = row is not None
         if row is not None:
-            shown.update(details(row, max(1, self.size.width - 2)))
+            self.query_one("#more", Static).update(details(row, max(1, self.size.width - _MARGINS)))
+            if row["id"] != self._told:
+                shown.scroll_home(animate=False, immediate=True)
+            self._told = row["id"]
+
+    def action_details(self, by: int) -> None:
+        """Scroll what is told of the chosen stream, where there is no room for all of it."""
+        self.query_one("#details", VerticalScroll).scroll_relative(y=by, animate=False, immediate=True)
 
     # The order and the filter
 

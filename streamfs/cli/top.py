@@ -18,7 +18,8 @@ def top() -> None:
     Each has a map of its bytes: in memory, on disk, here in part, missing, and where its readers are.
 
     Keys: the arrows choose a stream, p keeps it or no longer (persist), e evicts, Delete removes it after asking,
-    s and r choose the order, / filters by name, q ends. Works beside a daemon that hangs, and waits where none runs.
+    s and r choose the order, / filters by name, J and K (or Shift with an arrow) scroll what is told of the chosen one,
+    q ends. Works beside a daemon that hangs, and waits where none runs.
     Needs textual: pip install 'streamfs[tui]'
     """
     if importlib.util.find_spec("textual") is None:
