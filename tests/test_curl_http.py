@@ -15,7 +15,7 @@ import trio.testing
 
 from streamfs.sources import curl
 from streamfs.sources.curl import CurlTransport
-from streamfs.sources.curlmulti import BACKLOG_LIMIT, unusable_reason
+from streamfs.sources.curl.multi import BACKLOG_LIMIT, unusable_reason
 from streamfs.sources.transport import Identity, Request, TransportError
 from tests import servers
 from tests.servers import Certificates, Server
@@ -766,7 +766,7 @@ async def test_two_readers_of_one_response_are_refused(transport: CurlTransport)
 )
 def test_libcurl_8_20_is_refused(number: int, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (unusable_reason(number) is None) is usable
-    monkeypatch.setattr(curl, "unusable_reason", lambda: unusable_reason(number))
+    monkeypatch.setattr("streamfs.sources.curl.transport.unusable_reason", lambda: unusable_reason(number))
     if usable:
         CurlTransport()
     else:

@@ -2,7 +2,7 @@
 
 `TransferLoop` owns the multi handle, an epoll set of libcurl's sockets and the driver, a trio system task that
 starts with the first transfer and ends with `aclose` or the trio run. `Transfer` is one easy handle: its bytes, its
-pauses, its end. Nothing here knows HTTP; see streamfs.sources.curl.
+pauses, its end. Nothing here knows HTTP; see `transport`.
 
 How bytes move. libcurl hands over at most 16 KiB a callback. While a reader waits in `receive_into`, the callback
 copies straight into the reader's view, and into a bounded backlog otherwise; when that is full it pauses the
