@@ -26,7 +26,7 @@ from streamfs import descriptors
 from streamfs.engine.buffer import SPILL_BATCH, Buffer
 from streamfs.engine.pool import LARGE, Pool
 from streamfs.engine.recording import Header, Recording, disk_bytes, unlink_recording
-from streamfs.errors import Damaged, NoSpace, TooManyFiles
+from streamfs.errors import Damaged, NoSpace, TooManyFiles, told
 from streamfs.home import recording_name, recording_of
 from streamfs.news import News
 
@@ -405,7 +405,8 @@ class Cache:
             self._disk_failed(error)
             raise NoSpace(f"cannot keep the stream in {self.directory}: {error.strerror}") from error
         except ValueError as error:
-            raise generation.buffer.failure or Damaged("cached bytes were lost while they were kept") from error
+            failure = generation.buffer.failure or Damaged("cached bytes were lost while they were kept")
+            raise told(failure) from error
 
     async def is_in_place(self, generation: Cached) -> bool:
         """Whether the names of a generation's recording, if it has one, still lead to it: somebody may have deleted

@@ -277,7 +277,7 @@ class Stream:
             try:
                 return Handle(self, await self._current(sparing), sparing=sparing)
             except StreamfsError as error:
-                self._refused = (began, error)
+                self._refused = (began, told(error))
                 raise
 
     async def _current(self, sparing: bool) -> Generation:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import inspect
 import logging
 import os
-import types
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,15 +180,6 @@ def descriptors(folder: Path) -> list[str]:
     return [link for link in links if link.startswith(str(folder))]
 
 
-def let_go_of_errors() -> None:
-    """Errors keep the frames they came through, and these what they had in hand, though nobody will use it any more."""
-    awaited = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
-    for trace in [found for found in gc.get_objects() if isinstance(found, types.TracebackType)]:
-        if not trace.tb_frame.f_code.co_flags & awaited:
-            with contextlib.suppress(RuntimeError):  # it is running
-                trace.tb_frame.clear()
-
-
 async def run(home: Path, point: Point, at: int, fault: str) -> Injected:
     """One fault in one call, with another stream beside it that must not notice."""
     injected = Injected(at, FAULTS[fault])
@@ -214,8 +203,6 @@ async def run(home: Path, point: Point, at: int, fault: str) -> Injected:
             assert codes <= DOCUMENTED, f"undocumented: {[errno.errorcode[code] for code in codes]}"
             await fs.add([spec_of("later")])
             assert await read_all(fs, "later", served["later"].content()) == 0, "the file system does not live on"
-    del fs  # its streams keep their last error, which keeps what its frames had in hand
-    let_go_of_errors()
     with trio.fail_after(10):  # a thread keeps what it had in hand for a moment after it has told of its end
         await until(lambda: not descriptors(home))
     return injected

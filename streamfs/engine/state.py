@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from streamfs.engine.ranges import RangeSet
-from streamfs.errors import Damaged, OutsideWindow, SourceFailed, StreamfsError
+from streamfs.errors import Damaged, OutsideWindow, SourceFailed, StreamfsError, told
 
 
 class Want(NamedTuple):
@@ -164,7 +164,7 @@ class BufferState:
 
     def doom(self, error: StreamfsError) -> None:
         """Nothing may be read from now on: the version is stale, or the buffer is closed."""
-        self.doomed = error
+        self.doomed = told(error)
         self.wake_all()
 
     def raise_floor(self, floor: int) -> None:
@@ -178,8 +178,6 @@ class BufferState:
 def again(error: StreamfsError) -> StreamfsError:
     """A fresh exception that says the same, chained to the first: one instance raised in many readers would grow
     a traceback in each."""
-    copy = type(error).__new__(type(error))
-    copy.args = error.args
-    copy.__dict__.update(error.__dict__)
+    copy = told(error)
     copy.__cause__ = error.__cause__ or error
     return copy
