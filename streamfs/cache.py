@@ -24,6 +24,7 @@ import trio
 
 from streamfs import descriptors
 from streamfs.engine.buffer import SPILL_BATCH, Buffer
+from streamfs.engine.diskreads import DiskReads
 from streamfs.engine.pool import LARGE, Pool
 from streamfs.engine.recording import Header, Recording, disk_bytes, unlink_recording
 from streamfs.errors import Damaged, NoSpace, TooManyFiles, told
@@ -106,6 +107,7 @@ class Cache:
         self.ttl = ttl
         self._disk_error: str | None = None
         self.pool = Pool(memory, on_give=self._gave)
+        self.disk_reads = DiskReads()
         self.news = News()
         """What happens to the streams, for whoever shows it."""
         self._is_kept = is_kept

@@ -139,7 +139,8 @@ class Generation:
         self.stream_id = stream.entry.id
         self.number = number
         self.facts = facts
-        self.buffer = Buffer(self._context.cache.pool, size=facts.size, recording=recording)
+        cache = self._context.cache
+        self.buffer = Buffer(cache.pool, size=facts.size, recording=recording, disk_reads=cache.disk_reads)
         self.buffer.refetchable = facts.ranged
         self.buffer.on_damage = stream.damaged
         self._settled = recording is not None and recording.durable

@@ -18,6 +18,7 @@ from functools import partial
 
 import trio
 
+from streamfs.engine.diskreads import DiskReads
 from streamfs.engine.pool import Pool
 from streamfs.engine.ranges import RangeSet
 from streamfs.engine.recording import DamagedExtent, Recording
@@ -39,7 +40,15 @@ class Missing(int):
 class Buffer:
     """The received bytes of one generation. All methods may be called from any thread unless they say otherwise."""
 
-    def __init__(self, pool: Pool, *, size: int | None = None, recording: Recording | None = None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        size: int | None = None,
+        recording: Recording | None = None,
+        disk_reads: DiskReads | None = None,
+    ) -> None:
+        """`disk_reads`: shared by all buffers of one trio run; only `read_async` uses it."""
         self._lock = threading.Lock()
         self._state = BufferState(size)  # GUARDED_BY _lock
         self._store = Store(pool, recording)  # GUARDED_BY _lock
@@ -47,7 +56,7 @@ class Buffer:
         self._writers = 0  # GUARDED_BY _lock
         self._closed = False  # GUARDED_BY _lock
         self._disk = threading.Lock()
-        self._disk_limiter: trio.CapacityLimiter | None = None
+        self._disk_reads = (disk_reads or DiskReads()).stream()
         self.refetchable = False
         """Whether bytes that are lost here can be had from the source again."""
         self.on_damage: Callable[[], None] | None = None
@@ -202,15 +211,22 @@ class Buffer:
                 return found
             if isinstance(found, Gathered):
                 view = self.settle(found, wait=False)
-                if view is None and found.disk:
-                    settle = partial(self.settle, found, wait=True)
-                    view = await trio.to_thread.run_sync(settle, limiter=self._limiter())
+                if view is None:
+                    del found  # while it waits for its turn it holds nothing
+                    view = await self._disk_reads.run(size, partial(self._read_at_rest, offset, size))
                 if view is not None:
                     return view
             elif self.refetchable and self._pool.take_fails():
                 return await self._read_in_parts(offset, size, demand)
             else:
                 await self.wait_async(offset, size, demand)
+
+    def _read_at_rest(self, offset: int, size: int) -> memoryview | None:
+        """A copy of what `look` gives, read from the disk where it must be: blocks. None where the read starts anew."""
+        found = self.copy(offset, size)
+        if isinstance(found, Gathered):
+            return self.settle(found, wait=True)
+        return None if isinstance(found, Missing) else memoryview(found)
 
     async def _read_in_parts(self, offset: int, size: int, demand: Demand | None) -> memoryview:
         """As `read_async`, while memory is so short that what is here may be dropped before the rest has come: what is
@@ -249,11 +265,6 @@ class Buffer:
             waiter = Waiter(missing, stop, wake)
             self._state.wait(waiter)
             return waiter
-
-    def _limiter(self) -> trio.CapacityLimiter:
-        if self._disk_limiter is None:
-            self._disk_limiter = trio.CapacityLimiter(4)  # reads of one stream that hang on a disk hold up no other
-        return self._disk_limiter
 
     def copy(self, offset: int, size: int) -> bytes | Gathered | Missing:
         """As `look`, for any thread: the bytes are copied before anybody can refill their piece."""

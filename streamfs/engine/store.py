@@ -63,6 +63,10 @@ class Gathered:
     disk: list[list[Extent]] = field(default_factory=list)
     recording: Recording | None = None
 
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.out)
+
     def read_disk(self, *, wait: bool) -> bool:
         """Fill in what rests on disk. False: it would block and `wait` is false. Raises DamagedExtent."""
         if not self.disk:
@@ -71,19 +75,22 @@ class Gathered:
         view = memoryview(self.out)
         while self.disk:
             run = self.disk[-1]
-            base, length = run[0].start, run[-1].stop - run[0].start
-            if base >= self.start and base + length <= self.start + len(self.out):
-                target = view[base - self.start : base - self.start + length]
-                if not self.recording.read(run, target, wait=wait):
-                    return False
-            else:
-                # Extents are checked whole, so the edges of a read come through a piece of their own.
-                whole = memoryview(bytearray(length))
-                if not self.recording.read(run, whole, wait=wait):
-                    return False
-                first, last = max(base, self.start), min(base + length, self.start + len(self.out))
-                view[first - self.start : last - self.start] = whole[first - base : last - base]
+            if not all(self._read_part(part, view, wait=wait) for part in _without_edges(run, self.start, self.stop)):
+                return False
             self.disk.pop()
+        return True
+
+    def _read_part(self, part: list[Extent], view: memoryview, *, wait: bool) -> bool:
+        assert self.recording is not None
+        first, last = part[0].start, part[-1].stop
+        if first >= self.start and last <= self.stop:
+            return self.recording.read(part, view[first - self.start : last - self.start], wait=wait)
+        # Extents are checked whole, so the edges of a read come through a piece of their own.
+        whole = memoryview(bytearray(last - first))
+        if not self.recording.read(part, whole, wait=wait):
+            return False
+        start, stop = max(first, self.start), min(last, self.stop)
+        view[start - self.start : stop - self.start] = whole[start - first : stop - first]
         return True
 
 
@@ -274,6 +281,13 @@ class Store:
     def _give(self, segment: Segment) -> None:
         self.memory -= len(segment.piece)
         self._pool.give(segment.piece)
+
+
+def _without_edges(run: list[Extent], start: int, stop: int) -> list[list[Extent]]:
+    """`run` in up to three parts: what lies within start..stop, and each extent that sticks out."""
+    first, last = int(run[0].start < start), len(run) - int(run[-1].stop > stop)
+    parts = (run[:first], run[first:last], run[max(first, last) :])
+    return [part for part in parts if part]
 
 
 def _start_of(segment: Segment) -> int:
