@@ -1,208 +1,25 @@
-"""The registered streams, on SQLite.
+"""The registered streams: what is known of them, and every change.
 
-One owner at a time: whoever opens a catalogue holds the lock of its home, and SQLite's own exclusive lock stands
-behind that. A rollback journal with synchronous=FULL: a method that has returned has its change on disk, and one that
-raises has changed nothing. Methods take well under a millisecond besides that fsync; they may be called from any
-thread, one at a time.
+A method that has returned has its change on disk, and one that raises has changed nothing. Methods take well under a
+millisecond besides that fsync; they may be called from any thread, one at a time.
 
-Options rest here with their secrets (headers, URLs with passwords), so the file is 0600.
+Options rest here with their secrets (headers, URLs with passwords).
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sqlite3
-import stat
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
+from typing import Literal, NamedTuple, Self
 
 import msgspec
 
-from streamfs.errors import (
-    AlreadyExists,
-    Busy,
-    Damaged,
-    InvalidRequest,
-    NoSpace,
-    NotEmpty,
-    NotFound,
-    NotPermitted,
-    StreamfsError,
-)
-from streamfs.spec import (
-    AnySource,
-    Facts,
-    IfTaken,
-    Registration,
-    StreamOptions,
-    StreamSpec,
-    UrlSource,
-    check_name,
-    check_spec,
-    from_json,
-    is_name,
-    numbered,
-    to_json,
-)
-
-FIRST_ID = 2  # ids become inodes, and 1 is the root of every FUSE mount
-_APPLICATION_ID = 0x73666373  # "sfcs", in the file's header
-_MIGRATIONS: tuple[tuple[str, ...], ...] = (  # entry N takes schema version N to N + 1; never edit a released one
-    (
-        """
-        CREATE TABLE streams (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, whatever is removed
-            name BLOB NOT NULL UNIQUE,             -- bytes, as in a directory, parts joined by '/'
-            source TEXT NOT NULL,                  -- JSON
-            options TEXT NOT NULL,                 -- JSON
-            added REAL NOT NULL,                   -- seconds since the epoch
-            persist INTEGER NOT NULL DEFAULT 0,
-            size INTEGER,
-            mime TEXT,
-            validator TEXT,
-            modified REAL,
-            ranged INTEGER NOT NULL DEFAULT 0,
-            probed REAL,                           -- when the five columns above were learnt, NULL: never
-            facts_generation INTEGER NOT NULL DEFAULT 0
-        )
-        """,
-        f"INSERT INTO sqlite_sequence (name, seq) VALUES ('streams', {FIRST_ID - 1})",
-    ),
-    # Folders that were made for themselves, and stay without streams; those of streams' names are nowhere written.
-    ("CREATE TABLE folders (name BLOB PRIMARY KEY) WITHOUT ROWID",),
-)
-SCHEMA_VERSION = len(_MIGRATIONS)
-_COLUMNS = (
-    "id, name, source, options, added, persist, size, mime, validator, modified, ranged, probed, facts_generation"
-)
-_Row: TypeAlias = tuple[
-    int,
-    bytes,
-    str,
-    str,
-    float,
-    int,
-    int | None,
-    str | None,
-    str | None,
-    float | None,
-    int,
-    float | None,
-    int,
-]
-
-
-class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One registered stream. `id` is never given to another stream, removed or not: it can serve as the inode."""
-
-    id: int
-    spec: StreamSpec
-    added: float  # seconds since the epoch
-    persist: bool = False
-    facts: Facts | None = None  # what the source last said of itself; None: it was never asked
-    probed: float | None = None  # when it said so, in seconds since the epoch
-    facts_generation: int = 0  # counts the versions that were seen; 0: none yet
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def size(self) -> int | None:
-        """The length in bytes, as declared or as the source last said; None where neither did."""
-        if self.spec.options.size is not None:
-            return self.spec.options.size
-        return self.facts.size if self.facts is not None else None
-
-    def described(self) -> dict[str, Any]:
-        """The row of `ls --json` and `status --json`, as it is while nothing of the stream is cached or open."""
-        return {
-            "name": self.name,
-            "source": self.spec.described(),
-            "state": "idle",
-            "size": self.size,
-            "buffered": 0,
-            "readers": 0,
-            "persist": self.persist,
-            "error": None,
-            "kind": "url" if isinstance(self.spec.source, UrlSource) else "command",
-            "mime": self.facts.mime if self.facts is not None else None,
-            "modified": self.facts.modified if self.facts is not None else None,
-        }
-
-
-class Entries:
-    """Entries by id. Those that the file held are decoded when somebody first asks for them: of many, most are never
-    asked for, and all of them take seconds. Asking for one raises Damaged where its row makes no sense."""
-
-    def __init__(self, rows: Iterable[_Row] = (), decode: Callable[[_Row], Entry] | None = None) -> None:
-        self._held: dict[int, _Row | Entry] = {row[0]: row for row in rows}
-        self._decode_row = decode
-
-    def _decode(self, row: _Row) -> Entry:
-        assert self._decode_row is not None, "without rows"
-        return self._decode_row(row)
-
-    def __getitem__(self, stream_id: int) -> Entry:
-        held = self._held[stream_id]
-        if isinstance(held, tuple):
-            held = self._held[stream_id] = self._decode(held)
-        return held
-
-    def __setitem__(self, stream_id: int, entry: Entry) -> None:
-        self._held[stream_id] = entry
-
-    def __contains__(self, stream_id: int) -> bool:
-        return stream_id in self._held
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._held)
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def get(self, stream_id: int) -> Entry | None:
-        return self[stream_id] if stream_id in self._held else None
-
-    def discard(self, stream_id: int) -> None:
-        self._held.pop(stream_id, None)
-
-    def values(self) -> list[Entry]:
-        """All but those whose rows make no sense."""
-        found = []
-        for stream_id in list(self._held):
-            with contextlib.suppress(Damaged):
-                found.append(self[stream_id])
-        return found
-
-    def names(self) -> Iterator[tuple[int, bytes, float]]:
-        """(id, name, when it was added) of each, in the order they were read. Decodes nothing; raises Damaged for a
-        name that no stream can have."""
-        for held in self._held.values():
-            if isinstance(held, tuple):
-                if not (isinstance(held[1], bytes) and is_name(held[1])):
-                    self._decode(held)
-                yield held[0], held[1], held[4]
-            else:
-                yield held.id, _key(held.name), held.added
-
-    def look(self, stream_id: int) -> Entry | None:
-        """As `get`, without keeping what is decoded for it."""
-        held = self._held.get(stream_id)
-        return self._decode(held) if isinstance(held, tuple) else held
-
-    def to_be_kept(self) -> list[Entry]:
-        """Those that are persisted."""
-        return [self[stream_id] for stream_id, held in list(self._held.items()) if _is_kept(held)]
-
-
-def _is_kept(held: _Row | Entry) -> bool:
-    return bool(held[5]) if isinstance(held, tuple) else held.persist
+from streamfs.database import Database
+from streamfs.entries import COLUMNS, Entries, Entry, Row, entry_of, key_of, name_of
+from streamfs.errors import AlreadyExists, InvalidRequest, NotEmpty, NotFound
+from streamfs.spec import Facts, IfTaken, Registration, StreamSpec, check_name, check_spec, numbered, to_json
 
 
 class Registered(NamedTuple):
@@ -224,21 +41,11 @@ class Catalog:
         """Raises Damaged for a file that is no catalogue or is corrupt, InvalidRequest for one that a newer streamfs
         wrote, Busy where another process has it open, NotPermitted where it is not ours."""
         self.path = path
-        self._guard = threading.Lock()  # guards the connection: one transaction at a time
-        _secure_file(path)
-        with self._errors():
-            # Transactions are begun and ended here, not by the module's own guesses.
-            self._database = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
-        try:
-            self._prepare()
-        except BaseException:
-            self._database.close()
-            raise
+        self._database = Database(path)
 
     def close(self) -> None:
         """Close the file. Safe to call again; no other method may follow."""
-        with self._guard:
-            self._database.close()
+        self._database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -250,47 +57,47 @@ class Catalog:
 
     def all(self) -> list[Entry]:
         """Every entry, in the order of the names' bytes. Raises Damaged if a row makes no sense."""
-        with self._guard, self._errors():
-            rows = self._database.execute(f"SELECT {_COLUMNS} FROM streams ORDER BY name").fetchall()
+        with self._database.reading():
+            rows = self._database.execute(f"SELECT {COLUMNS} FROM streams ORDER BY name").fetchall()
         return [self._entry(row) for row in rows]
 
     def names(self, prefix: str = "") -> list[str]:
         """The names that begin so, in the order of their bytes."""
-        key = _key(prefix)
-        with self._guard, self._errors():
+        key = key_of(prefix)
+        with self._database.reading():
             rows = self._database.execute(
                 "SELECT name FROM streams WHERE name >= ? AND substr(name, 1, ?) = ? ORDER BY name",
                 (key, len(key), key),
             ).fetchall()
-        return [_name(row[0]) for row in rows]
+        return [name_of(row[0]) for row in rows]
 
     def entries(self) -> Entries:
         """All of them, in the order of the names' bytes, decoded when they are needed."""
-        with self._guard, self._errors():
-            rows = self._database.execute(f"SELECT {_COLUMNS} FROM streams ORDER BY name").fetchall()
+        with self._database.reading():
+            rows = self._database.execute(f"SELECT {COLUMNS} FROM streams ORDER BY name").fetchall()
         return Entries(rows, self._entry)
 
     def get(self, name: str) -> Entry:
         """The stream `name`. Raises NotFound."""
-        with self._guard, self._errors():
+        with self._database.reading():
             return self._named(name)
 
     def by_id(self, stream_id: int) -> Entry:
         """Raises NotFound."""
-        with self._guard, self._errors():
+        with self._database.reading():
             return self._numbered(stream_id)
 
     @property
     def count(self) -> int:
-        with self._guard, self._errors():
+        with self._database.reading():
             row = self._database.execute("SELECT count(*) FROM streams").fetchone()
         return int(row[0])
 
     def folders(self) -> list[str]:
         """The folders that were made for themselves, in the order of their names' bytes."""
-        with self._guard, self._errors():
+        with self._database.reading():
             rows = self._database.execute("SELECT name FROM folders ORDER BY name").fetchall()
-        return [_name(row[0]) for row in rows]
+        return [name_of(row[0]) for row in rows]
 
     # ── changing ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -304,7 +111,7 @@ class Catalog:
         """`add` for many, all of them or none."""
         checked = [check_spec(spec) for spec in specs]
         now = time.time()
-        with self._transaction():
+        with self._database.transaction():
             return [self._insert(spec, now, replace) for spec in checked]
 
     def register(self, items: Iterable[Registration], taken: IfTaken, *, dry_run: bool = False) -> list[Registered]:
@@ -316,7 +123,7 @@ class Catalog:
         now = time.time()
         done: list[Registered] = []
         try:
-            with self._transaction():
+            with self._database.transaction():
                 clashes: list[str] = []
                 for item, spec in checked:
                     registered = self._register(item, spec, now, taken)
@@ -337,24 +144,24 @@ class Catalog:
         """Make a folder that stays without streams. Raises AlreadyExists where the name, or a part of it, is a
         stream's; as check_name."""
         check_name(name)
-        with self._transaction():
+        with self._database.transaction():
             if self._find(name) is not None:
                 raise AlreadyExists(f"a stream {name!r} exists already")
             self._check_folders(name)
-            self._database.execute("INSERT OR IGNORE INTO folders (name) VALUES (?)", (_key(name),))
+            self._database.execute("INSERT OR IGNORE INTO folders (name) VALUES (?)", (key_of(name),))
 
     def remove_folder(self, name: str) -> None:
         """Forget a folder that `add_folder` made, if there is one. Raises NotEmpty where something is in it."""
-        with self._transaction():
+        with self._database.transaction():
             if self._is_inhabited(name):
                 raise NotEmpty(f"the folder {name!r} is not empty")
-            self._database.execute("DELETE FROM folders WHERE name = ?", (_key(name),))
+            self._database.execute("DELETE FROM folders WHERE name = ?", (key_of(name),))
 
     def remove(self, names: Iterable[str]) -> list[Entry]:
         """Forget the streams, all of them or none; gives what they were. Raises NotFound."""
-        with self._transaction():
+        with self._database.transaction():
             entries = [self._named(name) for name in dict.fromkeys(names)]
-            self._database.executemany("DELETE FROM streams WHERE id = ?", [(entry.id,) for entry in entries])
+            self._database.execute_many("DELETE FROM streams WHERE id = ?", [(entry.id,) for entry in entries])
         return entries
 
     def rename(self, old: str, new: str, replace: bool = False) -> list[Entry]:
@@ -364,7 +171,7 @@ class Catalog:
         Raises NotFound, AlreadyExists for a taken name, InvalidRequest for a name that cannot be or for a folder
         moved into itself."""
         check_name(new)
-        with self._transaction():
+        with self._database.transaction():
             entry = self._find(old)
             if entry is not None:
                 return self._rename_stream(entry, new, replace)
@@ -372,7 +179,7 @@ class Catalog:
 
     def set_persist(self, stream_id: int, on: bool) -> Entry:
         """Raises NotFound."""
-        with self._transaction():
+        with self._database.transaction():
             self._database.execute("UPDATE streams SET persist = ? WHERE id = ?", (on, stream_id))
             return self._numbered(stream_id)
 
@@ -380,7 +187,7 @@ class Catalog:
         """Keep what the source says of itself now. `generation` sets `facts_generation`; None counts it up by one
         if these facts are the first, or of another version (validator, or without one the size and time) than those
         remembered. Raises NotFound."""
-        with self._transaction():
+        with self._database.transaction():
             entry = self._numbered(stream_id)
             if generation is None:
                 generation = entry.facts_generation + (not _same_version(entry.facts, facts))
@@ -421,7 +228,7 @@ class Catalog:
             "INSERT INTO streams (name, source, options, added, persist, size, mime, probed)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                _key(spec.name),
+                key_of(spec.name),
                 to_json(spec.source).decode(),
                 to_json(spec.options).decode(),
                 now,
@@ -465,13 +272,13 @@ class Catalog:
                 raise AlreadyExists(f"a stream {new!r} exists already")
             self._database.execute("DELETE FROM streams WHERE id = ?", (taken.id,))
         self._check_place(new)
-        self._database.execute("UPDATE streams SET name = ? WHERE id = ?", (_key(new), entry.id))
+        self._database.execute("UPDATE streams SET name = ? WHERE id = ?", (key_of(new), entry.id))
         return [self._numbered(entry.id)]
 
     def _rename_folder(self, old: str, new: str, replace: bool) -> list[Entry]:
         low, high = _below(old)
         inside = self._database.execute("SELECT id, name FROM streams WHERE name >= ? AND name < ?", (low, high))
-        moved = [(stream_id, new + _name(name)[len(old) :]) for stream_id, name in inside.fetchall()]
+        moved = [(stream_id, new + name_of(name)[len(old) :]) for stream_id, name in inside.fetchall()]
         made = self._made_folders(old)
         if not moved and not made:
             raise NotFound(f"no stream or folder {old!r}")
@@ -482,14 +289,14 @@ class Catalog:
         if self._find(new) is not None:
             raise AlreadyExists(f"a stream {new!r} exists already")
         if replace and not self._is_inhabited(new):
-            self._database.execute("DELETE FROM folders WHERE name = ?", (_key(new),))
+            self._database.execute("DELETE FROM folders WHERE name = ?", (key_of(new),))
         self._check_place(new)
-        self._database.executemany("DELETE FROM folders WHERE name = ?", [(_key(name),) for name in made])
+        self._database.execute_many("DELETE FROM folders WHERE name = ?", [(key_of(name),) for name in made])
         renamed = [new + name[len(old) :] for name in made]
         for name in (*renamed, *(name for _, name in moved)):
             check_name(name)
-        self._database.executemany("INSERT INTO folders (name) VALUES (?)", [(_key(name),) for name in renamed])
-        self._database.executemany("UPDATE streams SET name = ? WHERE id = ?", [(_key(n), i) for i, n in moved])
+        self._database.execute_many("INSERT INTO folders (name) VALUES (?)", [(key_of(name),) for name in renamed])
+        self._database.execute_many("UPDATE streams SET name = ? WHERE id = ?", [(key_of(n), i) for i, n in moved])
         return [self._numbered(stream_id) for stream_id, _ in moved]
 
     def _check_place(self, name: str) -> None:
@@ -499,7 +306,7 @@ class Catalog:
         self._check_folders(name)
 
     def _is_folder(self, name: str) -> bool:
-        made = self._database.execute("SELECT 1 FROM folders WHERE name = ?", (_key(name),)).fetchone()
+        made = self._database.execute("SELECT 1 FROM folders WHERE name = ?", (key_of(name),)).fetchone()
         return made is not None or self._is_inhabited(name)
 
     def _is_inhabited(self, folder: str) -> bool:
@@ -513,20 +320,20 @@ class Catalog:
     def _made_folders(self, folder: str) -> list[str]:
         """`folder` itself and those below it, as far as they were made."""
         rows = self._database.execute(
-            "SELECT name FROM folders WHERE name = ? OR (name >= ? AND name < ?)", (_key(folder), *_below(folder))
+            "SELECT name FROM folders WHERE name = ? OR (name >= ? AND name < ?)", (key_of(folder), *_below(folder))
         )
-        return [_name(row[0]) for row in rows.fetchall()]
+        return [name_of(row[0]) for row in rows.fetchall()]
 
     def _check_folders(self, name: str) -> None:
         """The parts of a name before its last are not streams."""
         parts = name.split("/")
         for depth in range(1, len(parts)):
             folder = "/".join(parts[:depth])
-            if self._database.execute("SELECT 1 FROM streams WHERE name = ?", (_key(folder),)).fetchone():
+            if self._database.execute("SELECT 1 FROM streams WHERE name = ?", (key_of(folder),)).fetchone():
                 raise AlreadyExists(f"{folder!r} is a stream, so it cannot be the folder of {name!r}")
 
     def _find(self, name: str) -> Entry | None:
-        row = self._database.execute(f"SELECT {_COLUMNS} FROM streams WHERE name = ?", (_key(name),)).fetchone()
+        row = self._database.execute(f"SELECT {COLUMNS} FROM streams WHERE name = ?", (key_of(name),)).fetchone()
         return None if row is None else self._entry(row)
 
     def _named(self, name: str) -> Entry:
@@ -536,147 +343,19 @@ class Catalog:
         return entry
 
     def _numbered(self, stream_id: int) -> Entry:
-        row = self._database.execute(f"SELECT {_COLUMNS} FROM streams WHERE id = ?", (stream_id,)).fetchone()
+        row = self._database.execute(f"SELECT {COLUMNS} FROM streams WHERE id = ?", (stream_id,)).fetchone()
         if row is None:
             raise NotFound(f"no stream with the id {stream_id}")
         return self._entry(row)
 
-    def _entry(self, row: _Row) -> Entry:
-        """Raises Damaged where the row is none that this module wrote."""
-        stream_id, name, source, options, added, persist, size, mime, validator, modified, ranged, probed, count = row
-        try:
-            spec = StreamSpec(
-                name=check_name(_name(name)),
-                source=from_json(source, _SOURCE),
-                options=_NO_OPTIONS if options == "{}" else from_json(options, StreamOptions),
-            )
-        except (InvalidRequest, TypeError, AttributeError) as error:
-            raise Damaged(
-                f"row {stream_id} of the catalogue {self.path} is damaged ({error}): "
-                f"delete it with \"sqlite3 '{self.path}' 'DELETE FROM streams WHERE id = {stream_id}'\""
-            ) from error
-        facts = None if probed is None else Facts(size, bool(ranged), validator, mime, modified)
-        return Entry(
-            id=stream_id,
-            spec=spec,
-            added=added,
-            persist=bool(persist),
-            facts=facts,
-            probed=probed,
-            facts_generation=count,
-        )
-
-    # ── the file ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _prepare(self) -> None:
-        with self._errors():
-            self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._database.execute("PRAGMA synchronous = FULL")
-            self._database.execute("PRAGMA journal_mode = DELETE").fetchone()
-            # Takes the lock, plays back the journal of a writer that was killed, and reads the header.
-            self._database.execute("BEGIN EXCLUSIVE")
-            self._database.execute("COMMIT")
-            version = self._number("user_version")
-            tables = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if tables and self._number("application_id") != _APPLICATION_ID:
-                raise Damaged(f"{self.path} is a database, but no catalogue of streamfs: move it away")
-        if version > SCHEMA_VERSION:
-            raise InvalidRequest(
-                f"the catalogue {self.path} was written by a newer streamfs (schema {version}, this one knows "
-                f"{SCHEMA_VERSION}): use that one, or move the file away to start with an empty catalogue"
-            )
-        if version < SCHEMA_VERSION:
-            self._migrate(version)
-        with self._errors():
-            found = self._database.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise self._damaged(found)
-
-    def _migrate(self, version: int) -> None:
-        with self._transaction():
-            for statements in _MIGRATIONS[version:]:
-                for statement in statements:
-                    self._database.execute(statement)
-            self._database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-    def _number(self, pragma: str) -> int:
-        return int(self._database.execute(f"PRAGMA {pragma}").fetchone()[0])
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._guard, self._errors():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._database.execute("COMMIT")
-            except BaseException:
-                if self._database.in_transaction:  # SQLite itself rolls back on a full disk and its like
-                    self._database.execute("ROLLBACK")
-                raise
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """SQLite's errors as ours, with what to do."""
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            raise self._translated(error) from error
-
-    def _translated(self, error: sqlite3.DatabaseError) -> StreamfsError:
-        code: Any = getattr(error, "sqlite_errorcode", None)
-        match code and code & 0xFF:
-            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-                return Busy(f"another program has the catalogue {self.path} open")
-            case sqlite3.SQLITE_FULL:
-                return NoSpace(f"no space left for the catalogue {self.path}: nothing was changed")
-            case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
-                return NotPermitted(f"cannot write the catalogue {self.path} ({error}): check its rights")
-            case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
-                return self._damaged(str(error))
-        return StreamfsError(f"the catalogue {self.path} failed: {error}")
-
-    def _damaged(self, why: str) -> Damaged:
-        return Damaged(
-            f"the catalogue {self.path} is damaged ({why}): save what can be saved with "
-            f"\"sqlite3 '{self.path}' .recover\", or move the file away to start with an empty catalogue"
-        )
-
-
-_NO_OPTIONS = StreamOptions()
-_SOURCE = cast(type[AnySource], AnySource)  # msgspec takes unions, typing calls them no types
-
-
-def _secure_file(path: Path) -> None:
-    """Make `path`, empty and 0600, or see to it that it is an own file that nobody else can read or write."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-    except OSError as error:
-        raise NotPermitted(f"cannot open the catalogue {path}: {error.strerror}") from error
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
-            raise NotPermitted(f"the catalogue {path} is not a regular file of yours")
-        if stat.S_IMODE(info.st_mode) != 0o600:
-            os.fchmod(fd, 0o600)
-    finally:
-        os.close(fd)
-
-
-def _key(name: str) -> bytes:
-    try:
-        return name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"the name {name!r} cannot be encoded as a file name") from error
-
-
-def _name(key: bytes) -> str:
-    return key.decode("utf-8", "surrogateescape")
+    def _entry(self, row: Row) -> Entry:
+        """Raises Damaged."""
+        return entry_of(row, self.path)
 
 
 def _below(folder: str) -> tuple[bytes, bytes]:
     """The names of everything in `folder`, as a half-open range of keys ("0" follows "/" in ASCII)."""
-    key = _key(folder)
+    key = key_of(folder)
     return key + b"/", key + b"0"
 
 

@@ -22,7 +22,8 @@ import trio
 
 from streamfs import xattrs
 from streamfs.cache import Cache
-from streamfs.catalog import Catalog, Entries, Entry, Registered
+from streamfs.catalog import Catalog, Registered
+from streamfs.entries import Entries, Entry
 from streamfs.errors import (
     AlreadyExists,
     Closed,

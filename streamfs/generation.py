@@ -19,13 +19,13 @@ import msgspec
 import trio
 
 from streamfs.cache import Cache
-from streamfs.catalog import Entry
 from streamfs.engine.buffer import Buffer, Writer
 from streamfs.engine.fetches import Fetch, FetchPlan
 from streamfs.engine.lanes import SEGMENT
 from streamfs.engine.pool import LARGE
 from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.engine.state import again
+from streamfs.entries import Entry
 from streamfs.errors import NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError, told
 from streamfs.news import News
 from streamfs.settings import Settings

@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 import trio
 
-from streamfs.catalog import Entry
 from streamfs.engine.fetches import FIRST_AHEAD, SPARING
 from streamfs.engine.state import again
+from streamfs.entries import Entry
 from streamfs.errors import (
     Closed,
     CommandFailed,

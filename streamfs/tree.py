@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from typing import TypeAlias
 
-from streamfs.catalog import Entry
+from streamfs.entries import Entry
 from streamfs.errors import NotEmpty, NotFound
 from streamfs.generation import Generation
 

@@ -14,7 +14,8 @@ import trio
 import trio.testing
 
 from streamfs.cache import Cache
-from streamfs.catalog import Catalog, Entry
+from streamfs.catalog import Catalog
+from streamfs.entries import Entry
 from streamfs.errors import SourceChanged, SourceFailed, StreamfsError
 from streamfs.filesystem import FileSystem
 from streamfs.generation import Context

@@ -19,7 +19,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from streamfs.catalog import FIRST_ID, SCHEMA_VERSION, Catalog, Entry
+from streamfs.catalog import Catalog
+from streamfs.database import FIRST_ID, SCHEMA_VERSION
+from streamfs.entries import Entry
 from streamfs.errors import (
     AlreadyExists,
     Busy,
@@ -238,7 +240,7 @@ def test_the_file_and_its_journal_are_private_under_any_umask(path: Path) -> Non
 
 def test_durability_is_asked_of_sqlite(catalog: Catalog) -> None:
     catalog.add(spec("a"))
-    assert catalog._number("synchronous") == 2  # FULL
+    assert catalog._database.number("synchronous") == 2  # FULL
     assert catalog._database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
@@ -341,7 +343,7 @@ def test_an_empty_file_is_a_new_catalogue(path: Path) -> None:
 def test_a_full_disk_changes_nothing(path: Path) -> None:
     with Catalog(path) as catalog:
         catalog.add(spec("a"))
-        catalog._database.execute(f"PRAGMA max_page_count = {catalog._number('page_count')}")
+        catalog._database.execute(f"PRAGMA max_page_count = {catalog._database.number('page_count')}")
         with pytest.raises(StreamfsError, match="no space left"):
             catalog.add_many(spec(f"x{i}") for i in range(1000))
         assert names(catalog) == ["a"]

@@ -10,8 +10,8 @@ import pytest
 import trio
 import trio.testing
 
-from streamfs.catalog import Entry
 from streamfs.engine.recording import Header, Recording
+from streamfs.entries import Entry
 from streamfs.errors import (
     Closed,
     NotFound,

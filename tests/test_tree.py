@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from streamfs.catalog import Entry
+from streamfs.entries import Entry
 from streamfs.errors import NotFound
 from streamfs.tree import ROOT, File, Folder, Tree
 from tests.sourcefakes import spec_of

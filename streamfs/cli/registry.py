@@ -18,8 +18,9 @@ from streamfs.home import Home, recording_of
 from streamfs.spec import IfTaken, Registration, StreamSpec
 
 if TYPE_CHECKING:
-    from streamfs.catalog import Catalog, Entry
+    from streamfs.catalog import Catalog
     from streamfs.engine.recording import Recording
+    from streamfs.entries import Entry
 
 Row: TypeAlias = dict[str, Any]
 """One element of "streams" in the JSON shape: name, source, state, size, buffered, readers, persist, error, …"""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from streamfs.catalog import SCHEMA_VERSION
+from streamfs.database import SCHEMA_VERSION
 from streamfs.engine.recording import DamagedExtent, Recording
 from tests.mount.mounted import Mounted
 
