@@ -11,9 +11,9 @@ turns         who reads the next request of the kernel
 filesystem    names to streams, handles, attributes; no FUSE in it       tree, xattrs: its names and attributes
 stream        one registered stream: current version, opening, persist
 generation    one version of its bytes, and the fetches that fill it
-catalog       the registered streams, on SQLite
+catalog       the registered streams, and changes of them              database: its file, SQLite     entries: each one
 importing     lists of streams: feeds fetched, what may be in them     manifests: every format read and written
-settings, config    the configuration file, followed and read           options: as people write them     tomllines
+settings, config    the configuration file, followed and read           options, tomllines: as people write them
 cache         what is kept and what goes: memory, disk, age
 sources       where bytes come from: commands, files, HTTP and its kin
 board         what the daemon shows in a memory-mapped file, for any program to read

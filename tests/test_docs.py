@@ -197,14 +197,53 @@ def test_the_transforms_are_all_named() -> None:
     assert all(f"`{name}`" in section for name in spec.TRANSFORMS)
 
 
-def test_the_map_of_the_package_names_every_module() -> None:
-    assert streamfs.__doc__ is not None
-    words = set(re.findall(r"[a-z_]+", streamfs.__doc__.split("The map")[1]))
-    package = Path(streamfs.__file__).parent
-    modules = {path.stem for path in package.glob("*.py")} | {
-        path.parent.name for path in package.glob("*/__init__.py")
-    }
-    assert modules - {"__init__", "__main__"} <= words
+PACKAGE = Path(streamfs.__file__).parent
+NAMES = re.compile(r"[a-z_0-9]+(?:, [a-z_0-9]+)*")
+
+
+def modules_of(package: Path) -> set[str]:
+    """The modules and packages in a package, by name."""
+    inner = {path.parent.name for path in package.glob("*/__init__.py")}
+    return inner | {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+
+
+def mapped_in(text: str) -> list[str]:
+    """What a map names: paragraphs of lines `names  what they do`, or several such in columns, later ones perhaps as
+    `names: what they do`."""
+    found = []
+    for paragraph in text.split("\n\n"):
+        lines = [re.split(r" {2,}", line.strip()) for line in paragraph.strip("\n").splitlines()]
+        if not all(len(line) > 1 and NAMES.fullmatch(line[0]) for line in lines):
+            continue
+        for line in lines:
+            described = True  # what comes next is a name
+            for column in line:
+                names, told, _ = column.partition(": ")
+                if described and NAMES.fullmatch(names):
+                    found += names.split(", ")
+                    described = bool(told)
+                else:
+                    described = True
+    return found
+
+
+@pytest.mark.parametrize(
+    "package", [PACKAGE, *sorted(path.parent for path in PACKAGE.rglob("*/__init__.py"))], ids=lambda p: p.name
+)
+def test_the_map_of_a_package_names_its_modules_and_no_others(package: Path) -> None:
+    named = mapped_in(ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or "")
+    assert sorted(named) == sorted(modules_of(package))
+
+
+def test_the_page_on_architecture_names_every_module_at_the_top_and_no_others() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    diagram = set(re.findall(r"[a-z_]+", page.split("```")[1]))
+    paths = set(re.findall(r"`streamfs/(\w+)(?:/|\.py)[^`]*`", page))
+    table = page.split("| module | what it does |")[1].split("\n\n")[0]
+    rows = {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    modules = modules_of(PACKAGE)
+    assert modules <= diagram | rows | paths
+    assert rows | paths <= modules
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))

@@ -2,8 +2,10 @@
 
 reading     which format a list has, and what is in it: the way in
 model       Item, Feed, Problem: what a list holds; how a reference becomes a URL
-playlists   M3U and PLS           feeds     XSPF, OPML, RSS, Atom, over xmltree
-records     JSON and TOML         names     titles to names
+playlists   M3U and PLS
+feeds       XSPF, OPML, RSS, Atom     xmltree: their XML, of strangers
+records     JSON and TOML
+names       titles to names
 export      registered streams to JSON, TOML, M3U
 
 Pure functions over bytes: no file is opened, no server asked. Whatever the bytes are, they raise InvalidRequest or

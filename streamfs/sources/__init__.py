@@ -1,5 +1,6 @@
-"""Where bytes come from: one protocol (base), and what follows it.
+"""Where bytes come from: one protocol, and what follows it.
 
+base          the protocol: Source, Body, Facts
 transformed   any of them, its bytes passed through transforms
 command       standard output of a command
 file          file:/// URLs
