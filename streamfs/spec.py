@@ -381,19 +381,23 @@ def check_url(url: str) -> str:
 
 
 def redact_url(url: str) -> str:
-    """`url` without what may be secret: user and password become "…", and so does every query value and the
-    fragment. Never raises: what cannot be parsed is shown as its scheme alone."""
+    """`url` without what may be secret: user and password become "***", and so does every query value and the
+    fragment; plain characters, as getfattr shows a value with others as base64. Never raises: what cannot be parsed is
+    shown as its scheme alone."""
     try:
         parts = urlsplit(url)
         netloc = parts.netloc
     except ValueError:
-        return url.split(":", 1)[0][:16] + ":…"
+        return url.split(":", 1)[0][:16] + ":***"
     if "@" in netloc:
-        netloc = "…@" + netloc.rsplit("@", 1)[1]
+        netloc = "***@" + netloc.rsplit("@", 1)[1]
     query = "&".join(
-        key + "=…" if "=" in pair else "…" for pair in parts.query.split("&") if pair for key in (pair.split("=")[0],)
+        key + "=***" if "=" in pair else "***"
+        for pair in parts.query.split("&")
+        if pair
+        for key in (pair.split("=")[0],)
     )
-    return urlunsplit((parts.scheme, netloc, parts.path, query, "…" if parts.fragment else ""))
+    return urlunsplit((parts.scheme, netloc, parts.path, query, "***" if parts.fragment else ""))
 
 
 def redact_text(text: str) -> str:

@@ -32,7 +32,7 @@ def test_a_url_that_was_read_tells_all_of_itself(fs: Mounted, origin: ScriptedOr
         assert file.read(100) == document.bytes(0, 100)
         assert fs.xattr("song", "readers") == "1"
     checked(["cat", path])
-    shown = document.url.replace("http://", "http://…@") + "?token=…"
+    shown = document.url.replace("http://", "http://***@") + "?token=***"
     expected = {
         "persist": "0",
         "user.persist": "0",

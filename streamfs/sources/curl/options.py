@@ -75,7 +75,7 @@ class Target:
         proxy = urlsplit(self.identity.proxy) if self.identity.proxy else None
         for secret in (self.parts.password, self.parts.query, proxy.password if proxy else None):
             if secret:
-                text = text.replace(secret, "…").replace(unquote(secret), "…")
+                text = text.replace(secret, "***").replace(unquote(secret), "***")
         return text
 
 
