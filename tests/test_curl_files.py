@@ -508,7 +508,7 @@ async def test_a_silent_sftp_server_at_the_end_holds_up_nobody_and_no_byte(
         began = time.monotonic()
         assert await response.receive_into(memory) == 0
         await response.aclose()
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 5
     finally:
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)

@@ -555,9 +555,8 @@ async def test_a_proxy_that_wants_a_login_gets_it_and_its_refusal_is_told_at_onc
         good, bad, none = (f"http://{login}{proxy.authority}" for login in ("me:geheim@", "me:falsch@", ""))
         assert (await read(place.source("data", transports, proxy=good)))[1] == DATA
         for refused in (bad, none):
-            began = trio.current_time()
             text = await failure_of(place.source("data", transports, proxy=refused))
-            assert trio.current_time() - began < 0.5
+            assert "attempts" not in text, "it was tried again"
             if place.kind == "connect-proxy":
                 assert "the proxy refuses the login" in text
             else:
@@ -597,7 +596,7 @@ async def test_giving_up_a_body_is_quick_when_the_server_is_silent(place: Place)
             os.kill(pid, signal.SIGSTOP)
         began = time.monotonic()
         await body.aclose()
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 0.9  # libssh2's farewell would take a second
         await transports.aclose()
         assert time.monotonic() - began < 5  # libssh2 waits a second for each idle connection
     finally:
