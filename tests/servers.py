@@ -140,7 +140,7 @@ def _home(root: Path | None) -> Iterator[tuple[Path, Path]]:
 
 _NGINX = """
 daemon off; master_process off; pid {home}/nginx.pid; error_log {home}/error.log notice;
-events {{ worker_connections 256; }}
+events {{ worker_connections 2000; }}
 http {{
   access_log {home}/access.log;
   client_body_temp_path {home}/body; proxy_temp_path {home}/proxy; fastcgi_temp_path {home}/fastcgi;

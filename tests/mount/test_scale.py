@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -13,46 +14,69 @@ import pytest
 
 from streamfs.spec import CommandSource, StreamOptions, StreamSpec, UrlSource
 from tests.mount.crowd import StallingOrigin, register
-from tests.mount.mounted import Mounted, checked
+from tests.mount.mounted import Mounted, checked, processes_with, wait_for
 from tests.mount.origin import ScriptedOrigin
 from tests.mount.test_memory import resident
+from tests.servers import nginx
 
 SOAK = int(os.environ.get("STREAMFS_SOAK", "1"))
 MIB = 1 << 20
 QUIET = StreamOptions(probe=False)
-_READ_ALL = """
+_READ_TOGETHER = """
 import hashlib, os, sys, threading
+paths = sys.stdin.readline().split()
+everybody = threading.Barrier(len(paths), action=lambda: (os.write(1, b"together\\n"), sys.stdin.readline()))
 def read(path):
-    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
+        digest = hashlib.sha256(file.read(4096))
+        everybody.wait()
         while part := file.read(65536):
             digest.update(part)
-    os.write(1, (path.rsplit("/", 1)[1] + " " + digest.hexdigest() + "\\n").encode())  # a line in one piece
-threads = [threading.Thread(target=read, args=(line.strip(),)) for line in sys.stdin]
+    os.write(1, f"{path} {digest.hexdigest()}\\n".encode())  # a line in one piece
+threads = [threading.Thread(target=read, args=(path,)) for path in paths]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 """
+"""Reads every file named in its first line: the first bytes of all of them before it goes on with any, which it does
+after the next line."""
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(300)
-def test_hundreds_of_streams_at_once_stay_within_the_budget(unmounted: Mounted, tmp_path: Path) -> None:
-    files, commands, size, budget = 500, 200, 256 * 1024, 64 * MIB
+def test_hundreds_of_streams_read_at_one_moment_stay_within_the_budget(unmounted: Mounted, tmp_path: Path) -> None:
+    """500 documents of a web server, fetched in ranges, and 200 commands that run: in the middle of all of them."""
+    documents, commands, size, budget = 500, 200, 384 * 1024, 64 * MIB
     data = os.urandom(size)
-    (tmp_path / "data").write_bytes(data)
-    url = (tmp_path / "data").as_uri()
-    specs = [StreamSpec(name=f"u{number}", source=UrlSource(url), options=QUIET) for number in range(files)]
-    argv = ("cat", str(tmp_path / "data"))
-    specs += [StreamSpec(name=f"c{number}", source=CommandSource(argv)) for number in range(commands)]
-    register(unmounted.home, specs)
-    pid = unmounted.mount("--memory", str(budget))
-    program = unmounted.start(["python3", "-c", _READ_ALL], stdin=-1)
-    paths = "".join(f"{unmounted.mountpoint / spec.name}\n" for spec in specs)
-    output, errors = program.communicate(paths.encode(), timeout=200)
+    with nginx() as server, (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (server.root / "data").write_bytes(data)
+        specs = [
+            StreamSpec(name=f"u{number}", source=UrlSource(f"http://{server.authority}/data?{number}"), options=QUIET)
+            for number in range(documents)
+        ]
+        argv = ("sh", "-c", 'cat "$0" && flock --shared "$1" true', str(server.root / "data"), lock.name)
+        specs += [StreamSpec(name=f"c{number}", source=CommandSource(argv)) for number in range(commands)]
+        register(unmounted.home, specs)
+        pid = unmounted.mount("--memory", str(budget), "--read-ahead", "64KiB")
+        program = unmounted.start([sys.executable, "-c", _READ_TOGETHER], stdin=-1)
+        assert program.stdin is not None and program.stdout is not None
+        program.stdin.write(" ".join(str(unmounted.mountpoint / spec.name) for spec in specs).encode() + b"\n")
+        program.stdin.flush()
+        assert program.stdout.readline() == b"together\n"
+
+        def in_the_middle() -> bool:
+            rows = json.loads(unmounted.run("ls", "--json").stdout)["streams"]
+            return all(row["readers"] == 1 and 0 < row["buffered"] < size for row in rows)
+
+        wait_for(in_the_middle, "each stream shows its reader, and some of its bytes")
+        assert len(processes_with(lock.name)) >= commands, "all of them run"
+        print(f"{len(specs)} streams half way: {resident(pid) // MIB} MiB")
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        output, errors = program.communicate(b"go on\n", timeout=200)
     assert not errors, errors.decode()[-2000:]
-    digests = dict(line.split() for line in output.decode().splitlines())
+    digests = dict(line.rsplit("/", 1)[1].split() for line in output.decode().splitlines())
     assert digests == {spec.name: hashlib.sha256(data).hexdigest() for spec in specs}
-    print(f"{files} files and {commands} commands: {resident(pid, 'VmHWM') // MIB} MiB at most")
+    print(f"{documents} documents and {commands} commands: {resident(pid, 'VmHWM') // MIB} MiB at most")
     assert resident(pid, "VmHWM") <= budget + 128 * MIB
 
 
