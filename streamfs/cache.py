@@ -73,6 +73,10 @@ class Cached(Protocol):
     def kept(self) -> bool:
         """Whether the user asked to persist it."""
 
+    @property
+    def passed(self) -> int:
+        """What lies before this offset is behind everybody who reads it."""
+
     def drop(self) -> None:
         """Forget it: close its buffer and let go of it."""
 
@@ -573,6 +577,7 @@ class Cache:
         recording = generation.buffer.recording
         if recording is not None:
             recording.ahead = ahead
+            recording.passed = generation.passed
 
     async def _create(self, generation: Cached) -> None:
         create, path = Recording.create, self.directory / recording_name(generation.stream_id, generation.number)

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -48,6 +48,7 @@ _COMPARE = 64 * 1024  # bytes at a time, when a restarted one-way source is comp
 _WINDOW_STEP = 1024 * 1024  # bytes by which a window moves: each move costs a hop to the disk's thread
 _MARKS = 256  # moments remembered in a window of time
 
+_FAR = 1 << 62  # past every byte
 _DIGEST = "user.streamfs.sha256"
 
 State = Literal["idle", "live", "paused", "complete", "failed"]
@@ -107,6 +108,16 @@ class Window:
         return floor
 
 
+class Reader(Protocol):
+    """A handle that is open."""
+
+    position: int
+    """Where its last read ended."""
+
+    @property
+    def generation(self) -> Generation: ...
+
+
 class Owner(Protocol):
     """The stream that a generation belongs to."""
 
@@ -122,6 +133,10 @@ class Owner(Protocol):
 
     @property
     def is_url(self) -> bool: ...
+
+    @property
+    def open_handles(self) -> Set[Reader]:
+        """Of every generation."""
 
     def changed(self, generation: Generation, why: SourceChanged) -> None: ...
 
@@ -185,6 +200,10 @@ class Generation:
     @property
     def kept(self) -> bool:
         return self._stream.entry.persist
+
+    @property
+    def passed(self) -> int:
+        return min((handle.position for handle in self._stream.open_handles if handle.generation is self), default=_FAR)
 
     def drop(self) -> None:
         self._news.tell("evicted", self.stream_id, bytes=self.buffer.buffered)

@@ -434,3 +434,24 @@ async def test_a_one_way_fetch_fills_a_hole_and_goes_on_behind_it(
         await check(handle, origin, 500_000, 10_000)
         await check(handle, origin, 0, 500_000)
         handle.close()
+
+
+async def test_what_lies_behind_every_reader_of_this_version_has_been_passed(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Nobody is expected to ask for it soon: so the kernel need not keep what of it goes to disk."""
+    origin = Origin(size=2 * MIB, ranged=True)
+    async with a_house(tmp_path) as house:
+        stream = house.stream(origin)
+        ahead = await stream.open()
+        generation = ahead.generation
+        assert generation.passed == 0
+        await ahead.read(0, MIB)
+        assert generation.passed == MIB
+        behind = await stream.open()
+        assert generation.passed == 0
+        await behind.read(0, 100)
+        assert generation.passed == 100
+        for handle in (ahead, behind):
+            handle.close()
+        assert generation.passed > origin.size

@@ -20,6 +20,7 @@ import ctypes
 import errno
 import os
 import struct
+import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
@@ -49,7 +50,15 @@ _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_longlong, ctypes.c_long
 _SYNC_RANGE = 0x1 | 0x2 | 0x4  # wait for what is being written, write, and wait for that
 _FLUSH_STEP = 16 * 1024 * 1024
 """Bytes written back between two looks whether that is still wanted: a slow disk takes a second for them."""
+_SYNC_BEGIN = 0x2  # begin to write, wait for nothing
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
+PAGES_STAY = 16 * 1024 * 1024
+"""Bytes written last whose pages stay in the kernel's memory even where nobody is expected to read them: the disk is
+still writing them, and only what is written can be let go. A guess at what disks take in a tenth of a second."""
+_PAGES_FOLLOWED = 256 * 1024 * 1024  # bytes of pages that wait to be let go; of what is past that the kernel takes care
+_HINT_PATIENCE = 0.05
+"""Seconds a step of hints may take. A disk that keeps them waiting longer is slower than what comes in: then the kernel
+may take in as much as it likes, and no hints are given for the next _PAGES_FOLLOWED bytes."""
 
 
 class DamagedExtent(Exception):
@@ -123,6 +132,12 @@ class Recording:
         self.ahead = 0
         """Most bytes that an append allocates past what it writes in sequence, which makes later ones faster. The owner
         chooses, as disk space is taken by it."""
+        self.passed = 0
+        """No reader is expected to ask soon for what lies before this offset: its pages need not stay in the kernel's
+        memory once they are on disk, and make room for the next. The owner moves it."""
+        self._pages: deque[tuple[int, int]] = deque()  # (start, stop) of what was written, oldest first
+        self._paged = 0  # INVARIANT: bytes in `_pages`
+        self._unhinted = 0  # bytes still to be written before hints are given again
         self._past = 0  # extents before this were forgotten
         self._punched = 0  # disk space before this was given back
         self._allocated = 0  # the data file is allocated up to here, for sequential appends
@@ -238,7 +253,33 @@ class Recording:
                 position += length
         self.log_drops()
         self._log([(e.start, e.stop - e.start, e.crc, _DATA) for e in extents])
+        if self.passed:
+            self._let_pages_go(runs)
         return extents
+
+    def _let_pages_go(self, runs: Sequence[tuple[int, memoryview]]) -> None:
+        """The kernel keeps what is written in memory until that is short. Where it is never read that costs dearly:
+        each page is a fresh one. So it is told to begin writing at once, and a while later to let go of what readers
+        have passed. Only hints: a refusal changes nothing."""
+        for offset, view in runs:
+            self._pages.append((offset, offset + len(view)))
+            self._paged += len(view)
+            self._unhinted = max(0, self._unhinted - len(view))
+        hinting, began = not self._unhinted, time.monotonic()
+        if hinting:
+            for offset, view in runs:
+                _libc.sync_file_range(self._data.fd, offset, len(view), _SYNC_BEGIN)
+        while self._paged > PAGES_STAY:
+            start, stop = self._pages[0]
+            if stop > self.passed and self._paged <= _PAGES_FOLLOWED:
+                break  # a reader is still to come here
+            self._pages.popleft()
+            self._paged -= stop - start
+            if hinting and stop <= self.passed:
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(self._data.fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+        if hinting and time.monotonic() - began > _HINT_PATIENCE:
+            self._unhinted = _PAGES_FOLLOWED
 
     def _allocate(self, offset: int, length: int, most: int) -> int:
         """fallocate ahead of sequential appends: 2.4 times faster than letting each write extend the file. Gives how

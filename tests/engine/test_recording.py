@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from crc32c import crc32c
 
+from streamfs.engine import recording as recording_module
 from streamfs.engine.ranges import RangeSet
 from streamfs.engine.recording import BLOCK, DamagedExtent, Extent, Header, Recording, disk_bytes
 from tests.fakes import flip_byte, named_bytes
@@ -551,3 +552,108 @@ def test_far_offsets_are_sparse_on_disk(path):
     loaded = Recording.load(path)
     assert loaded.extents(far, far + 1) == [Extent(far, far + BLOCK, recording.extents(far, far + 1)[0].crc)]
     assert get(loaded, far, far + SIZE) == DATA
+
+
+# What the kernel keeps of it
+
+
+@pytest.fixture
+def advised(monkeypatch) -> list[tuple[int, int]]:
+    """Small steps, and patience; gives where the kernel was told to let pages go, as (start, stop)."""
+    monkeypatch.setattr(recording_module, "PAGES_STAY", 4 * BLOCK)
+    monkeypatch.setattr(recording_module, "_HINT_PATIENCE", float("inf"))
+    told: list[tuple[int, int]] = []
+    real = os.posix_fadvise
+
+    def fadvise(fd: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        told.append((offset, offset + length))
+        real(fd, offset, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", fadvise)
+    return told
+
+
+def in_page_cache(recording: Recording, start: int, stop: int) -> bool:
+    return recording.read(recording.extents(start, stop), memoryview(bytearray(stop - start)), wait=False)
+
+
+def append_blocks(recording: Recording, count: int) -> bytes:
+    data = named_bytes("pages", 7, count * BLOCK)
+    for at in range(0, count * BLOCK, BLOCK):
+        recording.publish(recording.append([(at, memoryview(data)[at : at + BLOCK])]))
+        os.fsync(
+            recording._data.fd
+        )  # only what is written can be let go, and a test does not wait for the disk by chance
+    return data
+
+
+def test_pages_that_readers_have_passed_make_room_for_the_next(path, advised):
+    recording = Recording.create(path, HEADER)
+    recording.passed = 1 << 62
+    data = append_blocks(recording, 16)
+    assert advised == [(at, at + BLOCK) for at in range(0, 12 * BLOCK, BLOCK)]  # all but the PAGES_STAY written last
+    assert get(recording, 0, 16 * BLOCK) == data
+    assert Recording.load(path).present() == RangeSet([(0, 16 * BLOCK)])
+
+
+def test_pages_that_are_let_go_leave_the_memory(path, advised):
+    recording = Recording.create(path, HEADER)
+    append_blocks(recording, 12)
+    if not in_page_cache(recording, 0, 12 * BLOCK):
+        pytest.skip("this file system does not say what is in the page cache")
+    os.posix_fadvise(recording._data.fd, 0, BLOCK, os.POSIX_FADV_DONTNEED)
+    if in_page_cache(recording, 0, BLOCK):
+        pytest.skip("this file system keeps everything in memory")
+    other = Recording.create(path.with_name("2-7.data"), HEADER)
+    other.passed = 1 << 62
+    append_blocks(other, 12)
+    assert not in_page_cache(other, 0, BLOCK)
+
+
+def test_pages_that_a_reader_is_still_to_pass_stay(path, advised):
+    recording = Recording.create(path, HEADER)
+    recording.passed = 3 * BLOCK
+    data = append_blocks(recording, 12)
+    assert advised == [(at, at + BLOCK) for at in range(0, 3 * BLOCK, BLOCK)]
+    recording.passed = 6 * BLOCK  # it went on
+    recording.publish(recording.append([(12 * BLOCK, memoryview(data)[:BLOCK])]))
+    assert advised[-1] == (5 * BLOCK, 6 * BLOCK)
+    assert get(recording, 0, 12 * BLOCK) == data
+
+
+def test_where_nobody_says_what_readers_have_passed_all_pages_stay(path, advised):
+    append_blocks(Recording.create(path, HEADER), 12)
+    assert advised == []
+
+
+def test_what_a_slow_reader_has_not_passed_is_not_followed_for_ever(path, advised, monkeypatch):
+    monkeypatch.setattr(recording_module, "_PAGES_FOLLOWED", 8 * BLOCK)
+    recording = Recording.create(path, HEADER)
+    recording.passed = 1
+    append_blocks(recording, 64)
+    assert advised == []
+    assert recording._paged == 8 * BLOCK == sum(stop - start for start, stop in recording._pages)
+
+
+def test_a_disk_that_keeps_hints_waiting_gets_none_for_a_while(path, advised, monkeypatch):
+    """What comes in faster than the disk takes it gathers in the kernel's memory, as without hints."""
+    monkeypatch.setattr(recording_module, "_PAGES_FOLLOWED", 8 * BLOCK)
+    monkeypatch.setattr(recording_module, "_HINT_PATIENCE", -1)  # every step takes longer
+    recording = Recording.create(path, HEADER)
+    recording.passed = 1 << 62
+    data = append_blocks(recording, 40)
+    # Of the first block it is told to begin writing, of the 9th, 17th and so on one before is let go.
+    assert advised == [(at * BLOCK, (at + 1) * BLOCK) for at in (4, 12, 20, 28)]
+    assert get(recording, 0, 40 * BLOCK) == data
+
+
+def test_a_refused_hint_costs_no_byte(path, advised, monkeypatch):
+    def refusing(fd: int, offset: int, length: int, advice: int) -> None:
+        raise OSError(errno.EINVAL, "no hints here")
+
+    monkeypatch.setattr(os, "posix_fadvise", refusing)
+    recording = Recording.create(path, HEADER)
+    recording.passed = 1 << 62
+    data = append_blocks(recording, 12)
+    assert get(recording, 0, 12 * BLOCK) == data
