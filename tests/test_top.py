@@ -27,7 +27,6 @@ from streamfs.home import Home
 from tests.test_control import Running
 
 MIB = 1 << 20
-ROOT = Path(__file__).parent.parent
 
 
 def row(number: int, name: str, **more: Any) -> dict[str, Any]:
@@ -435,13 +434,3 @@ def test_without_textual_it_says_how_to_get_it(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, check=False)
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.count("\n") == 1 and "pip install 'streamfs[tui]'" in done.stderr
-
-
-def test_the_picture_in_the_docs_can_be_drawn_again() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "screenshot"], capture_output=True, text=True, timeout=60, check=True
-    )
-    kept = (ROOT / "docs" / "top.svg").read_text()
-    for shown in ("<svg", "films/tour.mp4", "song.flac", "persist", "▼", "▓"):
-        assert shown in done.stdout
-        assert shown in kept

@@ -253,9 +253,9 @@ class Streams(ScrollView, can_focus=True):
         at = self.scroll_offset.y + y - 1
         if not 0 <= at < len(self.rows):
             return Strip.blank(self.size.width, self.rich_style)
-        return self._strip(self._line(self.rows[at], widths), Style(reverse=at == self._at and self.has_focus))
+        return self._strip(self._line(self.rows[at], widths, at == self._at and self.has_focus))
 
-    def _strip(self, text: Text, style: Style) -> Strip:
+    def _strip(self, text: Text, style: Style = Style()) -> Strip:  # noqa: B008 - a style never changes
         segments = [
             Segment(segment.text, self.rich_style + (segment.style or Style()) + style)
             for segment in text.render(self.app.console)
@@ -270,16 +270,18 @@ class Streams(ScrollView, can_focus=True):
             titles.append(_fit(title, width, COLUMNS[key].right))
         return Text(" ".join(titles))
 
-    def _line(self, row: Row, widths: dict[str, int]) -> Text:
-        line = Text(no_wrap=True)
+    def _line(self, row: Row, widths: dict[str, int], chosen: bool) -> Text:
+        """The text of the chosen one is reversed; its map is not, whose colours say something."""
+        line, mark = Text(no_wrap=True), Style(reverse=chosen)
         for key, width in widths.items():
             if line:
-                line.append(" ")
+                line.append(" ", mark)
             if key == "map":
                 line.append_text(bar(row, width))
                 continue
             style = _STATES.get(row["state"], "") if key == "state" else "red" if row.get("error") else ""
-            line.append(_fit(_cell_text(row, key), width, COLUMNS[key].right), style)
+            cell = _fit(_cell_text(row, key), width, COLUMNS[key].right)
+            line.append(cell, mark if chosen else style)
         return line
 
 
