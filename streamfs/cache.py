@@ -117,6 +117,7 @@ class Cache:
         self._is_kept = is_kept
         self._generations: dict[Cached, int] = {}  # with the bytes each takes on disk
         self._disowned: set[Cached] = set()  # INVARIANT: of `_generations`
+        self._resting: set[Cached] = set()  # they have disk space to give back
         self._dormant: dict[int, _Dormant] = {}
         self._numbers: dict[int, int] = {}  # the highest generation of each stream that `scan` met
         self._wanted = trio.Event()  # wakes `run`
@@ -245,6 +246,7 @@ class Cache:
         """The generation is gone; its recording too, unless another run shall find it."""
         self._generations.pop(generation, None)
         self._disowned.discard(generation)
+        self._resting.discard(generation)
         recording = generation.buffer.recording
         if unlink and recording is not None:
             self.discard(recording)
@@ -302,6 +304,12 @@ class Cache:
     def grew(self, generation: Cached) -> None:
         """Call after a fetch brought bytes: starts spilling past the threshold."""
         if generation.buffer.memory > self.spill_threshold:
+            self._wanted.set()
+
+    def rests(self, generation: Cached) -> None:
+        """Call when nothing fetches any more: the disk space that was taken for bytes to come is given back."""
+        if generation.buffer.has_ahead:
+            self._resting.add(generation)
             self._wanted.set()
 
     def released(self) -> None:
@@ -522,11 +530,20 @@ class Cache:
             else:
                 tried.add(generation)
             self._announce()
+        await self._give_back_ahead()
         # Where there is memory now, those who wait have not seen it yet, and come back if it is not enough; for those
         # who asked meanwhile, everything is tried once more.
         helped = moved or asked != self._asked or not self.pool.take_fails()
         if self._waiting and not helped and not self._evict_memory():
             self._stuck += 1
+
+    async def _give_back_ahead(self) -> None:
+        while self._resting:
+            generation = self._resting.pop()
+            try:
+                await self._on_disk(generation, generation.buffer.give_back_ahead)
+            except OSError as error:
+                self._disk_failed(error)
 
     async def _keep_within(self) -> None:
         """Take back what is on disk past the limit: it counts anew, or had to stay until now."""
@@ -623,7 +640,7 @@ class Cache:
     async def _admit(self, generation: Cached, step: int) -> int | None:
         """Have room for `step` bytes. Gives how many may be allocated ahead besides; None where there is no room."""
         counted = not generation.kept
-        ahead = 0 if generation.windowed else step
+        ahead = step if generation.buffer.growing and not generation.windowed else 0
         while not await self._fits(step + ahead, counted=counted):
             if not self._evict_one(besides=generation):
                 break

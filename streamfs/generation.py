@@ -388,6 +388,8 @@ class Generation:
                 self._context.lanes -= 1
                 self.plan.lane_ended(fetch, trio.current_time(), failed=failed)
                 self._fill_lanes()
+            if not self._scopes:
+                self._context.cache.rests(self)
             ended, self._fetch_ended = self._fetch_ended, trio.Event()
             ended.set()
             if error is not None and not self.buffer.doomed:

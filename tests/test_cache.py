@@ -73,6 +73,23 @@ async def test_past_the_threshold_bytes_move_to_disk_and_read_the_same(ranged: b
         handle.close()
 
 
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_stream_that_came_to_its_end_takes_no_more_disk_than_its_bytes(told: bool, tmp_path: Path) -> None:
+    origin = Origin(size=20 * MIB, ranged=False, told=told, piece=MIB)
+    async with a_house(tmp_path, memory=8 * MIB, spill_threshold=MIB, size=100 * MIB) as house:
+        stream = house.stream(origin)
+        handle = await stream.open()
+        for offset in range(0, origin.size, MIB):
+            await check(handle, origin, offset, MIB)
+        await read_all(stream)
+        await until(lambda: not handle.generation.buffer.has_ahead)
+        await until(lambda: house.cache.disk_used <= origin.size + MIB // 8)
+        assert on_disk(tmp_path) <= origin.size + 64 * KIB, "but for the file system's own"
+        await check(handle, origin, 0, MIB)
+        await check(handle, origin, origin.size - MIB, MIB)
+        handle.close()
+
+
 async def test_many_streams_share_a_small_budget_without_a_wrong_byte_or_a_lack_of_space(tmp_path: Path) -> None:
     origins = [Origin(f"s{i}", size=3 * MIB, ranged=i % 2 == 0, piece=MIB) for i in range(8)]
     async with a_house(tmp_path, memory=4 * MIB, spill_threshold=MIB, read_ahead=MIB) as house:

@@ -110,6 +110,11 @@ class Buffer:
         return self._store.recording
 
     @property
+    def growing(self) -> bool:
+        """Whether somebody brings bytes."""
+        return self._writers > 0
+
+    @property
     def waiting(self) -> int:
         """Readers that wait for bytes."""
         return self._state.waiting
@@ -384,6 +389,7 @@ class Buffer:
             recording = self._store.recording
             if recording is None:
                 return 0
+            recording.expected = self._state.size
             segments = self._store.take_spillable(most, all_of_it=all_of_it, lent=lent)
             runs = [(s.start, s.content(s.start, s.stop)) for s in segments]
         if not segments:
@@ -411,6 +417,23 @@ class Buffer:
                 past = recording.forget_before(floor) if recording is not None else 0
             if recording is not None:
                 recording.punch(past)
+
+    @property
+    def has_ahead(self) -> bool:
+        """Whether the recording takes disk space for bytes that are still to come."""
+        with self._lock:
+            recording = self._store.recording
+            return recording is not None and recording.unused() is not None
+
+    def give_back_ahead(self) -> None:
+        """Give disk space back that was taken for bytes to come, unless somebody brings them. Blocks on the disk: call
+        it from a worker thread. Raises OSError."""
+        with self._disk:
+            with self._lock:
+                recording = self._store.recording
+                unused = None if recording is None or self._writers else recording.unused()
+            if recording is not None and unused is not None:
+                recording.give_back_ahead(*unused)
 
     @property
     def reclaimable(self) -> bool:

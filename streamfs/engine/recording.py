@@ -138,6 +138,8 @@ class Recording:
         self._pages: deque[tuple[int, int]] = deque()  # (start, stop) of what was written, oldest first
         self._paged = 0  # INVARIANT: bytes in `_pages`
         self._unhinted = 0  # bytes still to be written before hints are given again
+        self.expected: int | None = None
+        """The stream's size, where it is known: nothing is allocated past it. The owner tells."""
         self._past = 0  # extents before this were forgotten
         self._punched = 0  # disk space before this was given back
         self._allocated = 0  # the data file is allocated up to here, for sequential appends
@@ -288,6 +290,8 @@ class Recording:
         if not most or offset > self._allocated or end <= self._allocated or length < BLOCK:
             return 0  # sparse, small, or there already
         ahead = min(max(length, self._allocated), most)
+        if self.expected is not None:
+            ahead = max(0, min(ahead, self.expected - end))
         try:
             # This moves the file's end past its content; `complete` cuts the file to its size.
             os.posix_fallocate(self._data.fd, self._allocated, end - self._allocated + ahead)
@@ -298,6 +302,15 @@ class Recording:
                 raise
             self._allocated = end  # the write itself will say if there is no room
             return 0
+
+    def give_back_ahead(self, used: int, end: int) -> None:
+        """Give back what is allocated ahead, for `unused` (used, end). Blocks. Not while another thread appends. Raises
+        OSError."""
+        if used == end:
+            os.ftruncate(self._data.fd, end)
+        else:
+            _punch_hole(self._data.fd, used, self._allocated)
+        self._allocated = used
 
     def flush(self, is_over: Callable[[], bool]) -> None:
         """Bring the data to the disk in steps, until `is_over`: a sync of gigabytes could not be stopped when the
@@ -396,6 +409,12 @@ class Recording:
     def empty(self) -> bool:
         """Whether no extent counts."""
         return not self._starts
+
+    def unused(self) -> tuple[int, int] | None:
+        """Where what is allocated ahead begins, and where the last of all bytes ends; None where nothing is."""
+        below = bisect_left(self._starts, self._allocated)
+        used = self._stops[below - 1] if below else 0
+        return (used, self._stops[-1] if self._stops else 0) if used < self._allocated else None
 
     def drop_first(self, most: int) -> list[Extent]:
         """As `drop`, of about `most` bytes: the extents with the lowest offsets."""

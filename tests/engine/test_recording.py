@@ -367,6 +367,50 @@ def test_disk_space_counts_what_is_allocated_ahead_and_the_index(path):
     assert recording.disk_bytes < data, "what was allocated ahead is not given back"
 
 
+def test_nothing_is_allocated_past_a_size_that_is_known(path):
+    recording = Recording.create(path, HEADER)
+    recording.ahead, recording.expected = 64 * BLOCK, 5 * BLOCK
+    put(recording, 0, BLOCK)
+    put(recording, BLOCK, 4 * BLOCK)
+    assert path.stat().st_size == 5 * BLOCK
+    put(recording, 4 * BLOCK, 5 * BLOCK)
+    assert path.stat().st_size == 5 * BLOCK
+
+
+@pytest.mark.parametrize("beyond", [False, True])
+def test_what_was_allocated_ahead_can_be_given_back_and_no_byte_with_it(path, beyond):
+    """`beyond`: there are bytes past it, as after a seek."""
+    data = named_bytes("ahead", 1, 21 * BLOCK)
+
+    def bring(start: int, stop: int) -> None:
+        recording.publish(recording.append([(start * BLOCK, memoryview(data)[start * BLOCK : stop * BLOCK])]))
+
+    recording = Recording.create(path, HEADER)
+    recording.ahead = 64 * BLOCK
+    bring(0, 1)
+    bring(1, 4)
+    written = 4 * BLOCK
+    if beyond:
+        bring(20, 21)
+        written += BLOCK
+    taken = path.stat().st_blocks * 512
+    assert taken > written
+    unused = recording.unused()
+    assert unused is not None
+    recording.give_back_ahead(*unused)
+    assert path.stat().st_blocks * 512 < taken
+    assert path.stat().st_blocks * 512 <= written + BLOCK
+    assert recording.unused() is None
+    again = Recording.load(path)
+    assert again is not None
+    for recorded in (recording, again):
+        assert recorded.present().total == written
+        for start, stop in recorded.present():
+            assert get(recorded, start, stop) == data[start:stop]
+    bring(4, 20)  # it goes on
+    assert get(recording, 0, 20 * BLOCK) == data[: 20 * BLOCK]
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_failed_sync_is_raised_and_claims_nothing(path, monkeypatch, failing):
     recording = Recording.create(path, HEADER)

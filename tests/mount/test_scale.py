@@ -160,12 +160,12 @@ def named(name: str, folder: Path) -> Path:
 
 def test_what_only_a_scanner_has_read_goes_first(unmounted: Mounted, origin: ScriptedOrigin, tmp_path: Path) -> None:
     """The film that somebody watched stays, though the thumbnailer came later and read as much."""
-    unmounted.mount("--memory", "4MiB", "--spill-threshold", "64KiB", "--cache-size", "40MiB", "--scanners", "looker,x")
+    unmounted.mount("--memory", "4MiB", "--spill-threshold", "64KiB", "--cache-size", "20MiB", "--scanners", "looker,x")
     film = origin.add("film", 8 * MIB)
     assert checked(["cat", unmounted.add("film", film.url)]) == film.bytes()
     looker = named("looker", tmp_path)
     read = "import sys; print(len(open(sys.argv[1], 'rb').read()))"
-    for number in range(14):
+    for number in range(6):
         scanned = origin.add(f"scanned{number}", 4 * MIB)
         path = unmounted.add(f"scanned{number}", scanned.url)
         assert checked([looker, "-c", read, path]) == b"%d\n" % scanned.size
