@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -154,3 +156,13 @@ def poll_until(condition: Callable[[], bool]) -> None:
             return
         pause.wait(0.001)
     raise AssertionError("the condition never came true")
+
+
+def read_terminal(ours: int) -> bytes:
+    """What was written to the other end of a pseudo-terminal until all of its users have closed it. Closes `ours`."""
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO once the other end has closed
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    return shown

@@ -29,7 +29,7 @@ from streamfs.engine.recording import Header, Recording
 from streamfs.errors import AlreadyExists, NotFound, SourceFailed
 from streamfs.home import Home
 from streamfs.spec import CommandSource, MountOptions, ShellSource, StreamSpec, UrlSource, from_json, to_json
-from tests.fakes import flip_byte
+from tests.fakes import flip_byte, read_terminal
 from tests.test_control import Running
 
 PROGRAM = Path(sys.executable).with_name("streamfs")
@@ -547,11 +547,7 @@ def test_on_a_terminal_a_bar_shows_the_progress(daemon: Daemon, tmp_path: Path) 
     ours, theirs = pty.openpty()
     child = subprocess.Popen([PROGRAM, "save", "a", "out"], stderr=theirs, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # EIO once the other end has closed
-        while piece := os.read(ours, 4096):
-            shown += piece
-    os.close(ours)
+    shown = read_terminal(ours)
     assert child.wait(20) == 0
     assert b"MiB" in shown or b"MB" in shown
     assert (tmp_path / "out").stat().st_size == 3_000_000

@@ -92,11 +92,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return servers.make_certificates(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
 def places(root: Path, certificates: Certificates) -> Iterator[Callable[[str], Place]]:
     """Places by kind, each started when first asked for."""
     started: dict[str, Place] = {}

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
-from streamfs.engine import recording
 from streamfs.engine.recording import Recording
-from tests.crash.killer import CALLS, patch
 from tests.crash.powercut import Disk
 from tests.sourcefakes import KIB, MIB, Origin, a_filesystem, spec_of
 
 STATES = 40  # of the disk, looked at for each stream that says it is complete
-
-
-@pytest.fixture
-def disks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Disk]]:
-    """The disk in it, if there is one, sees every call that changes a file."""
-    holder: list[Disk] = []
-    for name in (*CALLS, "_punch_hole"):
-        owner = recording if name == "_punch_hole" else os
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back
-    patch(lambda name, real, arguments: holder[0].around(name, real, arguments) if holder else real(*arguments))
-    yield holder
-    holder.clear()
 
 
 @pytest.mark.parametrize("kind", ["ranged", "one-way", "command"])

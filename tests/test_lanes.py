@@ -74,10 +74,16 @@ class SlowBody(FakeBody):
         return count
 
 
-async def timed(house: House, link: Link, step: int = MIB) -> tuple[float, float, Stream]:
-    """Read all of it, checking; seconds of the link's clock for all of it and for its second half."""
+def streamed(house: House, link: Link) -> Stream:
+    """What the link leads to, as a stream."""
     stream = house.stream(link.origin)
     stream.source = link
+    return stream
+
+
+async def timed(house: House, link: Link, step: int = MIB) -> tuple[float, float, Stream]:
+    """Read all of it, checking; seconds of the link's clock for all of it and for its second half."""
+    stream = streamed(house, link)
     began = trio.current_time()
     handle = await stream.open()
     found, position, halfway = hashlib.sha256(), 0, 0.0
@@ -148,8 +154,7 @@ async def test_a_seek_meets_its_first_byte_after_one_round_trip_while_lanes_are_
 ) -> None:
     link = Link(Origin(size=SIZE))
     async with a_house(tmp_path, read_ahead=8 * MIB, memory=256 * MIB) as house:
-        stream = house.stream(link.origin)
-        stream.source = link
+        stream = streamed(house, link)
         handle = await stream.open()
         for position in range(0, 128 * MIB, MIB):
             await handle.read(position, MIB)
@@ -165,8 +170,7 @@ async def test_a_seek_meets_its_first_byte_after_one_round_trip_while_lanes_are_
 async def test_lanes_stop_when_the_last_reader_leaves(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     link = Link(Origin(size=SIZE))
     async with a_house(tmp_path, read_ahead=8 * MIB, memory=256 * MIB) as house:
-        stream = house.stream(link.origin)
-        stream.source = link
+        stream = streamed(house, link)
         handle = await stream.open()
         for position in range(0, 64 * MIB, MIB):
             await handle.read(position, MIB)

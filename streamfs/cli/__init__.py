@@ -14,6 +14,7 @@ web         web
 looking     what the board tells, without asking the daemon
 watching    the same again and again
 waiting     persist --wait                   progress: bars while something is copied, fetched, imported
+signals     what a command does when it is told to end
 mount       mount, umount
 keep        save, evict, verify
 logs        logs

@@ -6,18 +6,18 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import sys
 import time
 import zlib
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import click
 
 from streamfs.board import Board
 from streamfs.cli.looking import board_path
+from streamfs.cli.signals import ended_by_signals
+from streamfs.cli.types import visible
 from streamfs.errors import Busy, Damaged, Unreachable
 from streamfs.home import Home
 
@@ -59,7 +59,7 @@ def events(follow: bool, listener: str | None, forget: str | None, as_json: bool
     with contextlib.ExitStack() as stack:
         if listener is not None:
             stack.enter_context(_alone(home, listener))
-        stack.enter_context(_ended_by_signals())
+        stack.enter_context(ended_by_signals())
         reader = stack.enter_context(_Reader(home, listener))
         _print_all(reader, follow, as_json)
 
@@ -155,21 +155,6 @@ def _alone(home: Home, listener: str) -> Iterator[None]:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that what was written is acknowledged."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise click.exceptions.Exit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 _KNOWN = ("seq", "time", "event", "stream", "pid", "program")
 
 
@@ -181,8 +166,4 @@ def _line(event: Event) -> str:
     if event.get("pid") is not None:
         who = f"  by {event.get('program') or '?'} ({event['pid']})"
     rest = "".join(f"  {key} {value}" for key, value in event.items() if key not in _KNOWN and value is not None)
-    return _visible(f"{when}  {event['event']:<10}  {event.get('stream') or '?'}{who}{rest}")
-
-
-def _visible(text: str) -> str:
-    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else f"\\x{ord(c):02x}" for c in text)
+    return visible(f"{when}  {event['event']:<10}  {event.get('stream') or '?'}{who}{rest}")

@@ -6,11 +6,9 @@ import contextlib
 import json
 import os
 import secrets
-import signal
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
 import click
 
@@ -18,6 +16,7 @@ from streamfs.cli import types
 from streamfs.cli.progress import Progress, bytes_progress
 from streamfs.cli.registry import connect, open_registry
 from streamfs.cli.show import JSON_VERSION
+from streamfs.cli.signals import ended_by_signals
 from streamfs.errors import InvalidRequest, NoSpace, NotFound, SourceFailed, StreamfsError
 from streamfs.home import Home
 
@@ -35,7 +34,7 @@ def save(name: str, dest: str) -> None:
     home = Home.open()
     target = _target(dest)
     client = connect(home)
-    with _ended_by_signals(), _part_of(target) as (fd, finish), bytes_progress(name) as progress:
+    with ended_by_signals(), _part_of(target) as (fd, finish), bytes_progress(name) as progress:
         if client is not None:
             with client:
                 mountpoint = str(client.call("ping")["mountpoint"])
@@ -165,21 +164,6 @@ def _reason(where: int | Path, error: OSError) -> str:
     except OSError:
         told = ""
     return told or error.strerror or str(error)
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that the part is deleted."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise click.exceptions.Exit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 _CACHE_DIR = click.option(

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from streamfs.engine import recording
 from streamfs.engine.recording import BLOCK, Header, Recording
-from tests.crash.killer import CALLS, patch
+from tests.crash.killer import CALLS
 from tests.crash.life import KEY, SIZE, STREAM, Claims, Life, check, content, scripted
 from tests.crash.powercut import Disk, Kill, PowerCut
 
@@ -60,18 +59,6 @@ def test_whatever_a_killed_engine_left_is_exactly_what_it_had_written(shard: int
     assert sum(fired.values()) >= KILLS > 0
     seen = {"moment", *CALLS} if KILLS >= TELLING else set()
     assert seen <= set(fired), f"no kill fired at {seen - set(fired)}"
-
-
-@pytest.fixture
-def disks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Disk]]:
-    """The disk in it, if there is one, sees every call that changes a file."""
-    holder: list[Disk] = []
-    for name in (*CALLS, "_punch_hole"):
-        owner = recording if name == "_punch_hole" else os
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back
-    patch(lambda name, real, arguments: holder[0].around(name, real, arguments) if holder else real(*arguments))
-    yield holder
-    holder.clear()
 
 
 @pytest.mark.timeout(60 + CUTS // 5)

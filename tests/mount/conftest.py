@@ -13,6 +13,7 @@ import pytest
 
 from tests.mount.mounted import Mounted, Tap, checked
 from tests.mount.origin import ScriptedOrigin
+from tests.mount.posix_tools import Posix
 
 
 @pytest.fixture
@@ -30,6 +31,15 @@ def fs(unmounted: Mounted) -> Mounted:
     """A running daemon with the default options."""
     unmounted.mount()
     return unmounted
+
+
+@pytest.fixture(scope="module")
+def posix() -> Iterator[Posix]:
+    made = Posix()
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 @pytest.fixture

@@ -30,15 +30,6 @@ DATA = random.Random(5).randbytes(700_001)
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
 
-@pytest.fixture(scope="module")
-def posix() -> Iterator[Posix]:
-    made = Posix()
-    try:
-        yield made
-    finally:
-        made.close()
-
-
 @pytest.fixture
 def folder(posix: Posix, request: pytest.FixtureRequest) -> str:
     """A folder name of the test's own."""

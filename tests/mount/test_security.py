@@ -42,15 +42,6 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acting as another use
 
 
 @pytest.fixture(scope="module")
-def posix() -> Iterator[Posix]:
-    made = Posix()
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture(scope="module")
 def shared() -> Iterator[Posix]:
     """Mounted with --allow-other."""
     made = Posix("--allow-other")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pty
 import shlex
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import named_bytes
+from tests.fakes import named_bytes, read_terminal
 from tests.mount.mounted import CLI, WAIT, Mounted, Tap, end_within, wait_for
 from tests.mount.origin import ScriptedOrigin
 
@@ -200,11 +199,7 @@ def test_on_a_terminal_a_bar_shows_how_far_it_is(fs: Mounted, origin: ScriptedOr
     ours, theirs = pty.openpty()
     waiting = fs.start([*CLI, "persist", "--wait", "kept"], stderr=theirs)
     os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # EIO once the other end has closed
-        while piece := os.read(ours, 4096):
-            shown += piece
-    os.close(ours)
+    shown = read_terminal(ours)
     assert end_within(waiting, WAIT) == 0
     assert b"kept" in shown and b"MiB" in shown
 

@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import pycurl
 
 from streamfs.sources.transport import Identity, Request, TransportError
+from streamfs.spec import PROXY_SCHEMES
 
 KNOWN_HOSTS_VARIABLE = "STREAMFS_KNOWN_HOSTS"
 HTTP = frozenset({"http", "https"})
@@ -28,7 +29,6 @@ _SCHEMES = {
     "ftps": pycurl.PROTO_FTPS,
     "sftp": pycurl.PROTO_SFTP,
 }
-_PROXY_SCHEMES = frozenset({"http", "https", "socks4", "socks4a", "socks5", "socks5h"})
 _BUNDLES = (  # of distributions, for Python builds that know none
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -102,8 +102,8 @@ def _apply_proxy(target: Target, easy: pycurl.Curl) -> None:
     easy.setopt(pycurl.NOPROXY, "")
     if proxy is None:
         return
-    if urlsplit(proxy).scheme.lower() not in _PROXY_SCHEMES:
-        known = ", ".join(sorted(_PROXY_SCHEMES))
+    if urlsplit(proxy).scheme.lower() not in PROXY_SCHEMES:
+        known = ", ".join(sorted(PROXY_SCHEMES))
         raise TransportError("refused", f"the proxy is to be a URL of one of these kinds: {known}")
     easy.setopt(_SUPPRESS_CONNECT_HEADERS, 1)
     if target.scheme not in HTTP:
