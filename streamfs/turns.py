@@ -45,6 +45,8 @@ class _Nursery:
                 except BlockingIOError:
                     # The kernel took a request back, of a program that was killed, after it had said that there is one.
                     # pyfuse3 ends its task at that, so it begins anew; the only one who raises this is its own reading.
+                    # Its buffer of a MiB is lost, as nobody but that task knew it: 4 KiB of memory, or a MiB where it
+                    # was part of what the daemon had used before. `wait_readable` makes it rare.
                     self._turns.pass_on()
         finally:
             self._turns.pass_on()
@@ -114,11 +116,11 @@ class Turns:
             os.set_blocking(fd, False)  # or a request that is taken back would leave everybody waiting for the next
             self._poll = select.poll()
             self._poll.register(fd, select.POLLIN)
-        if self._streak < AT_ONCE and self._poll.poll(0):
-            self._streak += 1
-            return
-        self._streak = 0
-        await trio.lowlevel.wait_readable(fd)
+        while self._streak >= AT_ONCE or not self._poll.poll(0):
+            self._streak = 0
+            # What this sees may be taken back before this task runs: it is asked once more, right before reading.
+            await trio.lowlevel.wait_readable(fd)
+        self._streak += 1
 
     @staticmethod
     def notify_closing(fd: int) -> None:

@@ -24,6 +24,7 @@ class Loop:
         self.handler = handler
         self.tasks = 0
         self.in_line = 0
+        self.empty_reads = 0
         self.exited = False
 
     async def main(self) -> None:
@@ -46,6 +47,7 @@ class Loop:
             try:
                 request = os.read(self.fd, 1)
             except BlockingIOError:
+                self.empty_reads += 1
                 self.tasks -= 1
                 raise
             self.exited = not request
@@ -120,6 +122,40 @@ async def test_a_request_that_is_taken_back_before_it_is_read_holds_up_nobody() 
         await trio.testing.wait_all_tasks_blocked()
         assert answered == [b"y"]
         assert loop.tasks <= 2
+        assert loop.empty_reads == 3
+
+
+async def test_a_request_that_is_taken_back_before_its_turn_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that finds nothing ends pyfuse3's task, which leaves a buffer of a MiB behind."""
+    seen = 0
+    real = trio.lowlevel.wait_readable
+
+    async def seen_and_taken_back(fd: int) -> None:
+        nonlocal seen
+        await real(fd)
+        seen += 1
+        if seen <= 3:
+            os.read(fd, 1)
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", seen_and_taken_back)
+    answered: list[bytes] = []
+    done = trio.Event()
+
+    async def handler(request: bytes) -> None:
+        answered.append(request)
+        done.set()
+
+    async with running(handler) as (loop, fd):
+        for number in range(3):
+            await trio.testing.wait_all_tasks_blocked()
+            os.write(fd, b"x")
+            await trio.testing.wait_all_tasks_blocked()
+            assert seen == number + 1
+        await trio.testing.wait_all_tasks_blocked()
+        os.write(fd, b"y")
+        await done.wait()
+        assert answered == [b"y"]
+        assert loop.empty_reads == 0
 
 
 async def test_while_handlers_wait_others_are_answered() -> None:
