@@ -56,6 +56,14 @@ PAGES_STAY = 16 * 1024 * 1024
 """Bytes written last whose pages stay in the kernel's memory even where nobody is expected to read them: the disk is
 still writing them, and only what is written can be let go. A guess at what disks take in a tenth of a second."""
 _PAGES_FOLLOWED = 256 * 1024 * 1024  # bytes of pages that wait to be let go; of what is past that the kernel takes care
+_HINTS_OVER, _HINT_PATIENCE = 64 * 1024 * 1024, 0.5
+"""Over so many bytes hints may take so many seconds. A disk that keeps them waiting longer may be slower than what
+comes in: then the kernel takes in as much as it likes, and no hints are given for the next _PAGES_FOLLOWED bytes."""
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
+PAGES_STAY = 16 * 1024 * 1024
+"""Bytes written last whose pages stay in the kernel's memory even where nobody is expected to read them: the disk is
+still writing them, and only what is written can be let go. A guess at what disks take in a tenth of a second."""
+_PAGES_FOLLOWED = 256 * 1024 * 1024  # bytes of pages that wait to be let go; of what is past that the kernel takes care
 _HINT_PATIENCE = 0.05
 """Seconds a step of hints may take. A disk that keeps them waiting longer is slower than what comes in: then the kernel
 may take in as much as it likes, and no hints are given for the next _PAGES_FOLLOWED bytes."""
@@ -137,6 +145,7 @@ class Recording:
         memory once they are on disk, and make room for the next. The owner moves it."""
         self._pages: deque[tuple[int, int]] = deque()  # (start, stop) of what was written, oldest first
         self._paged = 0  # INVARIANT: bytes in `_pages`
+        self._hinted, self._hint_seconds = 0, 0.0  # bytes written with hints, and how long those took; begun anew often
         self._unhinted = 0  # bytes still to be written before hints are given again
         self.expected: int | None = None
         """The stream's size, where it is known: nothing is allocated past it. The owner tells."""
@@ -280,8 +289,12 @@ class Recording:
             if hinting and stop <= self.passed:
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(self._data.fd, start, stop - start, os.POSIX_FADV_DONTNEED)
-        if hinting and time.monotonic() - began > _HINT_PATIENCE:
-            self._unhinted = _PAGES_FOLLOWED
+        if hinting:
+            self._hint_seconds += time.monotonic() - began
+            self._hinted += sum(len(view) for _, view in runs)
+            if self._hinted >= _HINTS_OVER:
+                self._unhinted = _PAGES_FOLLOWED if self._hint_seconds > _HINT_PATIENCE else 0
+                self._hinted, self._hint_seconds = 0, 0.0
 
     def _allocate(self, offset: int, length: int, most: int) -> int:
         """fallocate ahead of sequential appends: 2.4 times faster than letting each write extend the file. Gives how

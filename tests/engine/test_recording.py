@@ -683,12 +683,13 @@ def test_what_a_slow_reader_has_not_passed_is_not_followed_for_ever(path, advise
 def test_a_disk_that_keeps_hints_waiting_gets_none_for_a_while(path, advised, monkeypatch):
     """What comes in faster than the disk takes it gathers in the kernel's memory, as without hints."""
     monkeypatch.setattr(recording_module, "_PAGES_FOLLOWED", 8 * BLOCK)
+    monkeypatch.setattr(recording_module, "_HINTS_OVER", 8 * BLOCK)
     monkeypatch.setattr(recording_module, "_HINT_PATIENCE", -1)  # every step takes longer
     recording = Recording.create(path, HEADER)
     recording.passed = 1 << 62
     data = append_blocks(recording, 40)
-    # Of the first block it is told to begin writing, of the 9th, 17th and so on one before is let go.
-    assert advised == [(at * BLOCK, (at + 1) * BLOCK) for at in (4, 12, 20, 28)]
+    # With hints are the blocks 0 to 7, 15 to 22 and 30 to 37; each lets the one four before it go.
+    assert [start // BLOCK for start, _ in advised] == [0, 1, 2, 3, *range(11, 19), *range(26, 34)]
     assert get(recording, 0, 40 * BLOCK) == data
 
 
