@@ -130,6 +130,7 @@ class Cache:
         self._excess = False  # more may be on disk than is allowed
         self._stuck = 0  # counts passes of `run` that found nothing to move for those who wait
         self._waiting = 0  # fetches that wait for memory
+        self._watching = 0  # tasks that wait for `_moved`
         self._asked = 0  # how often one began to
         self._sharing = 0  # fetches that wait until others have their share
         self._moves = 0  # steps that took bytes out of memory
@@ -364,7 +365,7 @@ class Cache:
         target = self._begun + 1
         while self._done < target:
             self._wanted.set()
-            await self._moved.wait()
+            await self._until_moved()
 
     async def memory(self, generation: Cached) -> bool:
         """Wait until the pool may have a piece again. Where nothing can be moved or dropped, a generation whose bytes
@@ -386,12 +387,20 @@ class Cache:
         """Wait until something was moved; True: `run` found that nothing can be."""
         stuck = self._stuck
         self._wanted.set()
-        await self._moved.wait()
+        await self._until_moved()
         return self._stuck != stuck
 
+    async def _until_moved(self) -> None:
+        self._watching += 1
+        try:
+            await self._moved.wait()
+        finally:
+            self._watching -= 1
+
     def _gave(self) -> None:
-        # The pool calls this from whichever thread gave a piece back.
-        if self._token is not None:
+        # The pool calls this from whichever thread gave pieces back. To wake trio costs more than all else here, so it
+        # is left out while nobody waits. Who begins to wait meanwhile has asked for a pass, and its end is announced.
+        if self._token is not None and self._watching:
             self._token.run_sync_soon(self._announce, idempotent=True)
 
     def _announce(self) -> None:

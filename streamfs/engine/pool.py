@@ -20,7 +20,7 @@ class Pool:
     """Pieces of SMALL or LARGE bytes; all of them together stay within `budget` bytes, but for what is taken `beyond`.
 
     Thread-safe; its lock is a leaf: nothing else is locked and nothing waits while it is held. `on_give` is
-    called without this lock, from whichever thread gave a piece back and perhaps under a buffer's lock, so that who
+    called without this lock, from whichever thread gave pieces back and perhaps under a buffer's lock, so that who
     waits for memory can be woken: it must only signal.
     """
 
@@ -54,15 +54,16 @@ class Pool:
             self._used += size
         return bytearray(size)
 
-    def give(self, piece: bytearray) -> None:
-        """Hand a piece back; the caller keeps no view of it."""
-        size = len(piece)
+    def give(self, *pieces: bytearray) -> None:
+        """Hand pieces back; the caller keeps no view of them."""
         with self._lock:
-            self._used -= size
-            if self._used + self._idle + size <= self.budget:
-                self._idle += size
-                self._free[size].append(piece)
-        if self.on_give is not None:
+            for piece in pieces:
+                size = len(piece)
+                self._used -= size
+                if self._used + self._idle + size <= self.budget:
+                    self._idle += size
+                    self._free[size].append(piece)
+        if pieces and self.on_give is not None:
             self.on_give()
 
     def take_fails(self) -> bool:

@@ -228,10 +228,11 @@ class Store:
             except BaseException:
                 self.not_spilled([segment for segment, _ in runs])
                 raise
+        leaving = []
         for segment, count in runs:
             segment.spilling = False
             if segment.sealed and count == segment.filled:
-                self._remove(segment)
+                leaving.append(segment)
                 continue
             # Its writer goes on filling it: only what is written leaves, and the piece stays.
             segment.start += count
@@ -240,7 +241,8 @@ class Store:
             if not segment.filled:
                 self._segments.remove(segment)
             elif self._cleared:
-                self._remove(segment)
+                leaving.append(segment)
+        self._remove(*leaving)
 
     def not_spilled(self, segments: Sequence[Segment]) -> None:
         """Writing them failed: the bytes stay in memory."""
@@ -251,36 +253,35 @@ class Store:
 
     def drop_memory(self, segments: Sequence[Segment]) -> None:
         """Forget the bytes of sealed segments; the caller takes them out of what is present."""
-        for segment in segments:
-            self._remove(segment)
+        self._remove(*segments)
 
     def drop_before(self, floor: int) -> None:
         """Forget whole segments before `floor`, but for those that somebody works on: they follow another time."""
-        for segment in [s for s in self._segments if s.stop <= floor and s.sealed and not s.spilling]:
-            self._remove(segment)
+        self._remove(*[s for s in self._segments if s.stop <= floor and s.sealed and not s.spilling])
 
     def clear(self) -> None:
         """Give every piece back, for good; what is being written to disk follows when that is done. No writer may
         be left."""
         self._cleared = True
-        for segment in [s for s in self._segments if not s.spilling]:
-            self._remove(segment)
+        self._remove(*[s for s in self._segments if not s.spilling])
 
     @property
     def empty(self) -> bool:
         """Whether no byte rests in memory."""
         return not self._segments
 
-    def _remove(self, segment: Segment) -> None:
-        index = bisect_right(self._segments, segment.start, key=_start_of) - 1
-        if index < 0 or self._segments[index] is not segment:
-            raise RuntimeError(f"the piece at byte {segment.start} was given back before")
-        del self._segments[index]
-        self._give(segment)
+    def _remove(self, *segments: Segment) -> None:
+        for segment in segments:
+            index = bisect_right(self._segments, segment.start, key=_start_of) - 1
+            if index < 0 or self._segments[index] is not segment:
+                raise RuntimeError(f"the piece at byte {segment.start} was given back before")
+            del self._segments[index]
+        self._give(*segments)
 
-    def _give(self, segment: Segment) -> None:
-        self.memory -= len(segment.piece)
-        self._pool.give(segment.piece)
+    def _give(self, *segments: Segment) -> None:
+        """All at once: each time somebody may be woken."""
+        self.memory -= sum(len(segment.piece) for segment in segments)
+        self._pool.give(*[segment.piece for segment in segments])
 
 
 def _without_edges(run: list[Extent], start: int, stop: int) -> list[list[Extent]]:
