@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 from click.shell_completion import CompletionItem
@@ -13,8 +13,14 @@ from streamfs.errors import InvalidRequest
 from streamfs.options import programs
 from streamfs.spec import TRANSFORMS, check_name, check_proxy, parse_duration, parse_size, parse_window
 
+if TYPE_CHECKING:
+    AnyType: TypeAlias = click.ParamType[Any]
+    TextType: TypeAlias = click.ParamType[str]
+else:
+    AnyType = TextType = click.ParamType  # a plain class before click 8.4
 
-class Checked(click.ParamType[Any]):
+
+class Checked(AnyType):
     """A parameter that `parse` reads; its InvalidRequest becomes the usage error. `separator` splits the values of
     a repeatable option in an environment variable."""
 
@@ -72,7 +78,7 @@ class StreamName(Checked):
         return [CompletionItem(name) for name in names_for_completion(incomplete) if name not in chosen]
 
 
-class PathText(click.ParamType[str]):
+class PathText(TextType):
     """A path as it was typed, which is not looked at: that could mean to wait for a daemon that hangs. `kind` is what
     the shell completes, "file" or "dir"."""
 
@@ -84,7 +90,7 @@ class PathText(click.ParamType[str]):
         return [CompletionItem(incomplete, type=self._kind)]
 
 
-class Suggested(click.ParamType[str]):
+class Suggested(TextType):
     """Any text, of which `known` are suggested by the shell."""
 
     def __init__(self, known: Sequence[str]) -> None:
