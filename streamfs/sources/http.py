@@ -232,7 +232,8 @@ class HttpSource:
         template = self._templates.get(url)
         if template is None:
             template = await self._template(url, http2=http2)
-            if self._options.netrc is None and self._options.cookie_file is None:  # those may say something else soon
+            changing = self._options.netrc, self._options.cookie_file, self._options.secret_headers
+            if not any(changing):  # those may say something else soon
                 if len(self._templates) >= TEMPLATES:
                     self._templates.clear()
                 self._templates[url] = template
