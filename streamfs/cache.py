@@ -45,6 +45,8 @@ DISK_RETRY = 5.0
 """Seconds after which a cache directory that took no bytes is tried again."""
 _STEP = SPILL_BATCH + LARGE  # most bytes one step of spilling takes on disk
 _TTL_CHECKS = 4  # per time to live
+_TTL_CHECK_EVERY = 15.0  # seconds, at most, between two looks: streams may have shorter times than the mount's
+_TTL_SHARE = 50  # a look that took a second is followed by so many without one
 
 T = TypeVar("T")
 
@@ -102,9 +104,10 @@ class Cache:
         size: int | None,
         ttl: float,
         is_kept: Callable[[int], bool],
+        ttl_of: Callable[[int], float | None] = lambda _: None,
     ) -> None:
         """`memory`, `spill_threshold`, `size` in bytes (size None: as much as the disk has), `ttl` in seconds.
-        `is_kept` tells whether a stream, by id, is persisted."""
+        `is_kept` tells whether a stream, by id, is persisted, `ttl_of` its own time to live, None where it has none."""
         self.directory = directory
         self.spill_threshold = spill_threshold
         self.size = size
@@ -115,6 +118,7 @@ class Cache:
         self.news = News()
         """What happens to the streams, for whoever shows it."""
         self._is_kept = is_kept
+        self._ttl_of = ttl_of
         self._generations: dict[Cached, int] = {}  # with the bytes each takes on disk
         self._disowned: set[Cached] = set()  # INVARIANT: of `_generations`
         self._resting: set[Cached] = set()  # they have disk space to give back
@@ -742,21 +746,29 @@ class Cache:
             self._evict_one()
 
     async def _expire(self) -> None:
+        took = 0.0
         while True:
-            await trio.sleep(max(self.ttl / _TTL_CHECKS, 0.1))
+            await trio.sleep(max(min(self.ttl / _TTL_CHECKS, _TTL_CHECK_EVERY), took * _TTL_SHARE, 0.1))
+            began = time.monotonic()
             try:
-                self.expire(time.monotonic() - self.ttl)
+                self.expire(began)
             except Exception:  # a defect in one generation's end must not end the daemon
                 log.exception("dropping what is too old failed in an unforeseen way")
+            took = time.monotonic() - began
 
-    def expire(self, before: float) -> None:
-        """Drop everything unused since `before` (time.monotonic()) that nobody holds and nobody asked to keep."""
+    def expire(self, now: float) -> None:
+        """Drop everything that at `now` (time.monotonic()) was not used for its time to live, and that nobody holds and
+        nobody asked to keep."""
         for generation in list(self._generations):
-            if generation.used < before and not generation.in_use and not generation.kept:
+            if not generation.in_use and not generation.kept and self._is_old(generation.stream_id, generation, now):
                 generation.drop()
         for stream_id, dormant in list(self._dormant.items()):
-            if dormant.used < before and not self._is_kept(stream_id):
+            if not self._is_kept(stream_id) and self._is_old(stream_id, dormant, now):
                 self._evict_dormant(stream_id)
+
+    def _is_old(self, stream_id: int, cached: Cached | _Dormant, now: float) -> bool:
+        own = self._ttl_of(stream_id)
+        return cached.used + (self.ttl if own is None else own) < now
 
     def _evict_dormant(self, stream_id: int) -> None:
         self.forget_dormant(stream_id)

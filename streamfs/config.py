@@ -29,9 +29,10 @@ STREAM_KEYS = (
     *("headers", "secret_headers", "user_agent", "cookie_file", "netrc"),
     *("proxy", "cacert", "cert", "key", "insecure", "allow_private"),
     *("stall_timeout", "size_policy", "window", "eager", "probe", "persist"),
+    *("ttl", "read_ahead"),
 )
 """What a table of defaults may hold. (What a stream is, its source, length and transforms, is its own.)"""
-_FOR_COMMANDS = frozenset({"stall_timeout", "size_policy", "window", "eager", "persist"})
+_FOR_COMMANDS = frozenset({"stall_timeout", "size_policy", "window", "eager", "persist", "ttl", "read_ahead"})
 
 Layer: TypeAlias = dict[str, Any]
 """Values by field of StreamOptions, and "persist"."""

@@ -196,6 +196,7 @@ async def _filesystem(home: Home, options: MountOptions) -> AsyncIterator[FileSy
                 size=options.cache_size,
                 ttl=options.ttl,
                 is_kept=lambda stream_id: filesystem.is_kept(stream_id),
+                ttl_of=lambda stream_id: filesystem.ttl_of(stream_id),
             )
             filesystem = FileSystem(
                 catalog,

@@ -601,6 +601,14 @@ class FileSystem:
         entry = self._entries.get(stream_id)
         return entry is not None and entry.persist
 
+    def ttl_of(self, stream_id: int) -> float | None:
+        """Seconds that the stream's own bytes are kept after their last use; None: as long as the mount's."""
+        entry = self._entries.get(stream_id)
+        if entry is None:
+            return None
+        spec = entry.spec if self._settings is None else self._settings.effective(entry.spec)
+        return spec.options.ttl
+
     def named(self, name: str) -> Entry:
         """Raises NotFound."""
         node = self._find(name)

@@ -159,7 +159,7 @@ class Generation:
         self.buffer.refetchable = facts.ranged
         self.buffer.on_damage = stream.damaged
         self._settled = recording is not None and recording.durable
-        self.plan = FetchPlan(ranged=facts.ranged, read_ahead=self._context.read_ahead)
+        self.plan = FetchPlan(ranged=facts.ranged, read_ahead=self._read_ahead)
         self.handles = 0
         self.received = 0  # bytes that came from the source
         self._news = self._context.cache.news
@@ -180,6 +180,16 @@ class Generation:
         self._end_probe = memoryview(bytearray(1))  # where a byte past the declared end would land
         self._scopes: dict[Fetch, trio.CancelScope] = {}
         self._allowed: dict[Fetch, trio.Event] = {}  # wakes a resting fetch when its limit moved
+
+    @property
+    def _read_ahead(self) -> int:
+        own = self._stream.spec.options.read_ahead
+        return self._context.read_ahead if own is None else own
+
+    def opened(self) -> None:
+        """A handle is on it from now on: the options that count now are those of its fetches."""
+        self.handles += 1
+        self.plan.allow_ahead(self._read_ahead)
 
     # What the cache asks
 

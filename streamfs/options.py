@@ -191,6 +191,8 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "probe": flag,
     "window": _window,
     "eager": flag,
+    "ttl": lambda value: None if value is None else duration(value),
+    "read_ahead": lambda value: None if value is None else size(value),
     "cwd": text,
     "env": _variables,
     "transforms": _names,

@@ -70,6 +70,8 @@ class StreamOptions(
     probe: bool = True
     window: str | None = None  # "2GiB" or "30m"
     eager: bool = False
+    ttl: float | None = None  # seconds that cached bytes are kept after their last use; None: as the mount says
+    read_ahead: int | None = None  # bytes past the furthest reader; None: as the mount says
     cwd: str | None = None
     env: dict[str, str] = {}
     transforms: tuple[str, ...] = ()

@@ -90,7 +90,7 @@ class Handle:
         """Where the last read ended: what poll(2) asks about, as it names no offset."""
         self.opener: dict[str, Any] = {}
         """Who opened it, as far as that is known: "pid", "program"."""
-        generation.handles += 1
+        generation.opened()
         stream.open_handles.add(self)
         stream.news.touch(stream.entry.id)
         self._use()

@@ -23,6 +23,8 @@ from tests.fakes import named_bytes
 from tests.sourcefakes import KIB, MIB, Origin, a_house, settled, until
 from tests.test_generation import check, read_all
 
+TTL = 3600.0
+"""Of a_house."""
 PREALLOCATED = 16 * MIB
 """Bytes a recording may take ahead of what is written to it."""
 
@@ -157,7 +159,7 @@ async def test_what_is_open_or_persisted_is_not_evicted(tmp_path: Path) -> None:
         await closed(kept)
         await until(lambda: house.cache._generations[handle.generation] >= 0)
         assert not house.cache._evict_one()
-        house.cache.expire(time.monotonic() + 1)
+        house.cache.expire(time.monotonic() + TTL + 1)
         assert opened.generation is not None
         assert kept.generation is not None
         handle.close()
@@ -168,12 +170,24 @@ async def test_what_outlived_its_time_goes(tmp_path: Path, autojump_clock: trio.
     async with a_house(tmp_path) as house:
         stream = house.stream(origin)
         await read_all(stream)
-        house.cache.expire(time.monotonic() - 10)
+        house.cache.expire(time.monotonic() + TTL - 10)
         assert stream.generation is not None
-        house.cache.expire(time.monotonic() + 1)
+        house.cache.expire(time.monotonic() + TTL + 1)
         assert stream.generation is None
         await settled()
         assert house.cache.pool.used == 0
+
+
+async def test_a_stream_may_have_a_time_of_its_own(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    async with a_house(tmp_path, ttl_of={2: 10.0, 3: TTL * 10}.get) as house:
+        short, long, usual = (house.stream(Origin(name=name)) for name in "abc")
+        for stream in (short, long, usual):
+            await read_all(stream)
+        now = time.monotonic()
+        for after, left in ((9, [short, long, usual]), (11, [long, usual]), (TTL + 1, [long]), (TTL * 10 + 1, [])):
+            house.cache.expire(now + after)
+            assert [stream for stream in (short, long, usual) if stream.generation is not None] == left
+        await settled()
 
 
 # Recordings of earlier runs
@@ -258,7 +272,7 @@ async def test_dormant_recordings_go_by_age_too(tmp_path: Path) -> None:
     async with a_house(tmp_path) as house:
         house.kept.add(3)
         house.cache.scan([2, 3])
-        house.cache.expire(time.monotonic() - 3600)
+        house.cache.expire(time.monotonic())
         assert not path.exists()
         assert kept.exists()
 

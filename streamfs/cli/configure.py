@@ -62,6 +62,8 @@ TEMPLATE = """\
 # [folder."radio"]
 # window = "2h"
 # eager = false
+# ttl = "10m"                      # how long unused bytes are kept, and ...
+# read-ahead = "1MiB"              # ... how far to fetch past readers, instead of what the mount has
 
 # [folder."podcasts"]
 # persist = true                   # fetched whole and kept, when they are registered from now on

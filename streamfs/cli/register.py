@@ -117,6 +117,10 @@ class _AddCommand(click.Command):
 )
 @click.option("--no-probe", is_flag=True, help="Do not ask the server for the length before the first open.")
 @click.option("--window", type=types.WINDOW, help="Keep only the last SIZE or DURATION of an endless stream.")
+@click.option("--ttl", type=types.DURATION, help="How long unused bytes are kept. [default: as the mount's]")
+@click.option(
+    "--read-ahead", type=types.SIZE, help="How far to fetch past the furthest reader. [default: as the mount's]"
+)
 @click.option("--eager", is_flag=True, help="Start with the mount, not with the first read.")
 @click.option(
     "--cwd", type=types.DIRECTORY, metavar="DIR", help="Where the command runs. [default: the current directory]"

@@ -73,7 +73,8 @@ class FetchPlan:
 
     def __init__(self, *, ranged: bool, read_ahead: int) -> None:
         self.ranged = ranged
-        self.read_ahead = max(read_ahead, FIRST_AHEAD)
+        self.read_ahead = FIRST_AHEAD
+        self.allow_ahead(read_ahead)
         self.fetches: list[Fetch] = []
         self.greedy = False
         """Everything is wanted, whatever readers do (persist): limits are off."""
@@ -84,6 +85,10 @@ class FetchPlan:
         self._latency = float("inf")  # seconds, the least so far
         self._rate = 0.0  # bytes a second of one fetch, the least so far; 0: not measured
         self._left: deque[int] = deque(maxlen=MOST_FETCHES)  # where the latest of those without read-ahead ended
+
+    def allow_ahead(self, read_ahead: int) -> None:
+        """From now on read so many bytes ahead, FIRST_AHEAD at least; what is under way goes as far as it was let."""
+        self.read_ahead = max(read_ahead, FIRST_AHEAD)
 
     def first(self, size: int = FIRST_AHEAD) -> Fetch:
         """The fetch of an opening request, from 0, which asked for `size` bytes of a ranged source."""

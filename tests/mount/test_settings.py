@@ -139,6 +139,36 @@ def test_what_a_folder_keeps_is_kept_however_it_is_registered(
     assert fs.xattr("not", "persist") == "0"
 
 
+def test_folders_have_their_own_time_to_live_and_read_ahead(unmounted: Mounted, origin: ScriptedOrigin) -> None:
+    fs = unmounted
+    configure(fs, '[mount]\nttl = "1s"\n[folder.near]\nread-ahead = "256KiB"\n[folder.keep]\nttl = "1h"\n')
+    fs.mount()
+    for name in ("gone", "keep/here"):
+        assert fs.add(name, origin.add(name.replace("/", "-"), 5000).url).read_bytes()
+    own = fs.add("own", origin.add("own", 5000).url, "--ttl", "2h")
+    assert own.read_bytes()
+    wait_for(lambda: fs.buffered("gone") == 0, "what the mount keeps for a second goes")
+    assert fs.buffered("keep/here") == 5000 and fs.buffered("own") == 5000
+    shown = fs.run("config", "show", "keep/here").stdout
+    assert 'folder "keep"' in shown and "ttl" in shown
+
+    def come(name: str) -> int:
+        """Bytes that came of an endless command whose first byte was read, once it rests."""
+        with open(fs.add(name, "--shell", "yes"), "rb", buffering=0) as file:
+            assert file.read(1) == b"y"
+
+            def resting() -> bool:
+                fetches = fs.status(name)["fetches"]
+                return bool(fetches) and fetches[0]["resting"]
+
+            wait_for(resting, "it is read ahead no further")
+            return fs.buffered(name)
+
+    near, far = come("near/yes"), come("far/yes")
+    assert 256 * 1024 <= near <= 3 << 20
+    assert far >= 8 << 20
+
+
 def test_a_renamed_stream_gets_the_defaults_of_its_new_folder(
     unmounted: Mounted, guarded: Server, tmp_path: Path
 ) -> None:
