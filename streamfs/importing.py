@@ -1,8 +1,9 @@
 """From a list's bytes to streams that can be registered: its feeds are fetched, what it may not hold is refused, and
 every stream gets its name.
 
-Lists come from strangers. One from the net names neither files of this machine nor options that read them, and one from
-a public host no address that is visibly private; commands are taken only where that was asked for.
+Lists come from strangers. One from the net names neither files of this machine nor options that read them or say whom
+to trust, and one from a public host no address that is visibly private; commands are taken only where that was asked
+for.
 """
 
 from __future__ import annotations
@@ -162,6 +163,12 @@ def _objection(item: Item, base: str, rules: Rules) -> str | None:
         for option in (*FILES, "secret_headers"):
             if getattr(item.options, option):
                 return f"a list from the net may not use the option {option}, which reads files of this machine"
+        for option in ("proxy", "insecure"):
+            if getattr(item.options, option):
+                # The configuration may have secrets for this host, which would go there.
+                return f"a list from the net may not use the option {option}, which says whom this machine trusts"
+        if item.options.allow_private and not rules.allow_private:
+            return "a list from the net may not use the option allow_private (--allow-private)"
     return None
 
 

@@ -19,14 +19,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from streamfs import mounts
+from streamfs.board import NAME
+from streamfs.board.writer import BoardWriter
 from streamfs.catalog import Catalog
-from streamfs.cli import keep, types
+from streamfs.cli import checks, events, keep, types
 from streamfs.cli.app import cli, main
 from streamfs.cli.checks import Finding, check_device
 from streamfs.cli.mount import mount_options
 from streamfs.control import server
 from streamfs.engine.recording import Header, Recording
-from streamfs.errors import AlreadyExists, NotFound, SourceFailed
+from streamfs.errors import AlreadyExists, Damaged, NotFound, SourceFailed
 from streamfs.home import Home
 from streamfs.spec import CommandSource, MountOptions, ShellSource, StreamSpec, UrlSource, from_json, to_json
 from tests.fakes import flip_byte, read_terminal
@@ -95,6 +97,45 @@ def test_a_url_is_added_with_its_options(home: Home, tmp_path: Path, capfd: pyte
     assert options.cookie_file == str(tmp_path / "cookies.txt")
     assert (options.size_policy, options.window, options.proxy) == ("wait", None, "socks5h://p:1")
     assert (options.transforms, options.cwd) == (("gunzip", "digest"), None)
+
+
+def test_a_file_in_the_home_of_nobody_is_refused(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ("add", "a", "http://h.example/a", "--netrc", "~nobody-of-that-name/netrc")
+    assert "--netrc ~nobody-of-that-name/netrc" in fails(*argv, code=2, capfd=capfd)
+
+
+def test_what_a_strangers_list_says_is_shown_without_control_characters(
+    home: Home, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    listing = tmp_path / "list.json"
+    listing.write_text(json.dumps([{"name": "a\x1b[2Jb", "url": "http://h.example/a"}]))
+    assert "a\\x1b[2Jb" in ok("import", str(listing), "--dry-run", capfd=capfd)
+    listing.write_text(json.dumps([{"name": "a", "x\x1b[2Jy": 1}, 5]))
+    assert main(["import", str(listing)]) == 1
+    assert "\x1b" not in capfd.readouterr().err
+
+
+def test_events_end_in_words_where_the_next_daemons_board_cannot_be_read(home: Home) -> None:
+    where = home.run / NAME
+    with BoardWriter(where, {}), events._Reader(home, None) as reader:
+        assert list(reader.new()) == []
+        other = where.with_name("other")
+        other.write_bytes(bytes(8192))  # of another version
+        other.rename(where)
+        with pytest.raises(Damaged, match="made by another streamfs"):
+            reader.wait()
+
+
+def test_a_check_that_may_not_look_keeps_the_others_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_somewhere() -> Iterator[Finding]:
+        Path("/dev/null/there").stat()
+        yield Finding("somewhere", "ok", "was looked at")
+
+    monkeypatch.setattr(checks, "CHECKS", (check_somewhere, checks.check_clock))
+    failed, clock = checks.findings()
+    assert (failed.check, failed.state) == ("somewhere", "warning")
+    assert "/dev/null/there" in failed.detail
+    assert clock.check == "clock"
 
 
 def test_a_window_is_kept_and_excludes_waiting_for_an_end(home: Home, capfd: pytest.CaptureFixture[str]) -> None:

@@ -117,6 +117,19 @@ async def test_a_list_from_the_net_names_no_files_nor_what_reads_them() -> None:
     assert len((await found(json.dumps(records), HOME)).streams) == len(records)
 
 
+async def test_a_list_from_the_net_does_not_say_whom_this_machine_trusts() -> None:
+    records = [
+        {"name": key, "url": "https://h.example/", "options": {key: value}}
+        for key, value in {"proxy": "http://p.example:8080", "insecure": True, "allow-private": True}.items()
+    ]
+    strict = await found(json.dumps(records))
+    assert (len(strict.problems), strict.streams) == (3, [])
+    assert [item.spec.name for item in (await found(json.dumps(records), allow_private=True)).streams] == [
+        "allow-private"
+    ]
+    assert len((await found(json.dumps(records), HOME)).streams) == 3
+
+
 async def test_commands_need_the_word_of_the_user() -> None:
     records = json.dumps(
         [

@@ -509,3 +509,13 @@ def test_keys_of_toml_are_found_wherever_they_stand() -> None:
     assert tomllines.line_of(text, ("b", "x")) == 5
     assert tomllines.line_of(text, ("t", "u", "v", "w")) == 13
     assert tomllines.line_of(text, ("nowhere",)) is None
+
+
+def test_the_lines_of_keys_that_are_none_are_found_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's list may have very many, and to look for each from the start takes minutes."""
+    looks = []
+    real = tomllines.statements
+    monkeypatch.setattr(tomllines, "statements", lambda text: looks.append(text) or real(text))
+    found = read("".join(f"k{number} = 1\n" for number in range(500)), kind="toml")
+    assert [problem.line for problem in found.problems] == list(range(1, 501))
+    assert len(looks) == 1

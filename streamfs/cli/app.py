@@ -12,6 +12,7 @@ import click
 
 from streamfs.cli.completion import COMPLETION_VARIABLE
 from streamfs.cli.examples import with_examples
+from streamfs.cli.types import visible
 from streamfs.errors import StreamfsError
 
 FAILURE, USAGE, INTERRUPT = 1, 2, 130
@@ -126,8 +127,7 @@ def _fail(text: str, code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    line = " ".join(text.split())
-    click.echo(f"streamfs: {line}".encode("utf-8", "surrogateescape"), err=True)
+    click.echo(f"streamfs: {visible(' '.join(text.split()))}", err=True)
     return code
 
 

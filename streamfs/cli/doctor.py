@@ -7,6 +7,8 @@ from dataclasses import asdict
 
 import click
 
+from streamfs.cli.types import visible
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, envvar="STREAMFS_DOCTOR_JSON", help="One JSON document.")
@@ -23,8 +25,8 @@ def doctor(as_json: bool) -> None:
     else:
         marks = {"ok": "ok     ", "warning": "warning", "problem": "PROBLEM"}
         for finding in found:
-            click.echo(f"{marks[finding.state]}  {finding.check}: {finding.detail}")
+            click.echo(visible(f"{marks[finding.state]}  {finding.check}: {finding.detail}"))
             if finding.advice:
-                click.echo(f"         -> {finding.advice}")
+                click.echo(visible(f"         -> {finding.advice}"))
     if any(finding.state == "problem" for finding in found):
         raise click.exceptions.Exit(1)

@@ -18,7 +18,7 @@ from streamfs.board import Board
 from streamfs.cli.looking import board_path
 from streamfs.cli.signals import ended_by_signals
 from streamfs.cli.types import visible
-from streamfs.errors import Busy, Damaged, Unreachable
+from streamfs.errors import Busy, Unreachable
 from streamfs.home import Home
 
 LOOK_EVERY = 0.1  # seconds between two looks at the board's counter, which is reading one number
@@ -123,10 +123,10 @@ class _Reader:
             self._acknowledged = self._position
 
     def wait(self) -> None:
-        """Until there may be something new."""
+        """Until there may be something new. Raises Damaged where the next daemon's board cannot be read."""
         while self._board.changes == self._seen:
             time.sleep(LOOK_EVERY)
-            with contextlib.suppress(Unreachable, Damaged):
+            with contextlib.suppress(Unreachable):
                 if self._board.refresh():
                     return
 

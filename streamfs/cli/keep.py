@@ -202,7 +202,6 @@ def verify(names: tuple[str, ...], as_json: bool, cache_dir: str | None) -> None
         click.echo(json.dumps({"version": JSON_VERSION, "verified": results}))
     else:
         for row in results:
-            line = f"{'ok     ' if row['ok'] else 'DAMAGED'}  {row['name']}  {row['detail']}"
-            click.echo(line.encode("utf-8", "surrogateescape"))
+            click.echo(types.visible(f"{'ok     ' if row['ok'] else 'DAMAGED'}  {row['name']}  {row['detail']}"))
     if not all(row["ok"] for row in results):
         raise click.exceptions.Exit(1)

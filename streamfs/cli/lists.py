@@ -94,7 +94,7 @@ def import_(
     taken = cast(IfTaken, policies[0] if policies else "refuse")
     found = _gathered(source, Rules(kind, into or "", allow_commands, allow_private))
     for where, text in found.problems[:MOST_SHOWN]:
-        click.echo(f"{where}: {text}".encode("utf-8", "surrogateescape"), err=True)
+        click.echo(types.visible(f"{where}: {text}"), err=True)
     if found.problems:
         count = f"{len(found.problems)} of {len(found.problems) + len(found.streams)} entries cannot be used"
         if not skip_bad:
@@ -112,9 +112,9 @@ def import_(
             raise type(error)(f"{error}: nothing was imported (--skip, --replace or --rename)") from error
     if dry_run:
         for item, (outcome, _, name) in zip(items, done, strict=True):
-            _print(f"{outcome:<9}  {name}  <-  {item.spec.described()}")
+            click.echo(types.visible(f"{outcome:<9}  {name}  <-  {item.spec.described()}"))
     counts = Counter(outcome for outcome, _, _ in done)
-    _print(("would be: " if dry_run else "") + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    click.echo(("would be: " if dry_run else "") + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
 
 
 def _gathered(source: str, rules: Rules) -> Found:
@@ -172,10 +172,6 @@ def _read_local(source: str) -> tuple[bytes, str]:
 
 def _shown(source: str) -> str:
     return redact_url(source) if "://" in source else source
-
-
-def _print(text: str) -> None:
-    click.echo(text.encode("utf-8", "surrogateescape"))
 
 
 @click.command(

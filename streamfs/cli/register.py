@@ -184,7 +184,7 @@ def _options(source: AnySource, given: dict[str, Any]) -> StreamOptions:
     values = {key: value for key, value in given.items() if value is not None and value is not False and value != ()}
     for key in ("cookie_file", "netrc", "cacert", "cert", "key"):
         if key in values:
-            values[key] = _readable_file(key, values[key])
+            values[key] = _readable_file(f"--{key.replace('_', '-')}", values[key])
     if values.pop("no_probe", False):
         values["probe"] = False
     if "env" in values:
@@ -199,24 +199,27 @@ def _options(source: AnySource, given: dict[str, Any]) -> StreamOptions:
 
 
 def _readable_file(option: str, name: str) -> str:
-    path = _absolute(name)
+    path = _absolute(option, name)
     try:
         with open(path, "rb") as file:
             file.read(1)
     except OSError as error:
-        raise click.UsageError(f"--{option.replace('_', '-')} {name}: {error.strerror}") from error
+        raise click.UsageError(f"{option} {name}: {error.strerror}") from error
     return path
 
 
 def _directory(name: str) -> str:
-    path = _absolute(name)
+    path = _absolute("--cwd", name)
     if not Path(path).is_dir():
         raise click.UsageError(f"--cwd {name}: not a directory")
     return path
 
 
-def _absolute(name: str) -> str:
-    return str(Path(name).expanduser().absolute()) if name != "." else str(Path.cwd())
+def _absolute(option: str, name: str) -> str:
+    try:
+        return str(Path(name).expanduser().absolute())
+    except RuntimeError as error:
+        raise click.UsageError(f"{option} {name}: nobody knows whose home that is") from error
 
 
 def _words(line: str) -> tuple[str, ...]:

@@ -88,8 +88,12 @@ def read_toml(data: bytes, folder: Path | None) -> Manifest:
         raise InvalidRequest(f"not valid TOML: {error}") from error
     tables = document.pop("stream", [])
     found = Manifest()
-    for key in document:
-        found.refuse(tomllines.line_of(text, (key,)), f"no key is called {key!r}: streams are [[stream]] tables")
+    if document:
+        first: dict[str, int] = {}  # the line of each; found in one go, as there may be very many
+        for line, _, path in tomllines.statements(text):
+            first.setdefault(path[0], line)
+        for key in document:
+            found.refuse(first.get(key), f"no key is called {key!r}: streams are [[stream]] tables")
     if not isinstance(tables, list):
         found.refuse(tomllines.line_of(text, ("stream",)), "streams are [[stream]] tables, in two brackets")
         tables = []
