@@ -51,8 +51,6 @@ LOCK_WAIT = 5.0
 """Seconds to wait for a command that changes the catalogue just now."""
 EVENTS_NAME = "events.json"
 """In the state directory: events that were not recycled, for the next daemon, if the board does not last so long."""
-READY_WITHIN = 60.0
-"""Seconds the parent waits for the daemon to say that the mount answers."""
 SAVE_STEP = 1 << 20
 _M_ARENA_MAX = -8  # malloc.h
 

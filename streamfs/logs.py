@@ -11,11 +11,10 @@ import logging.handlers
 import os
 import time
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TextIO
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
-Format = Literal["text", "json"]
 
 LOG_BYTES = 4 << 20
 """The log starts anew at this size; one older file is kept."""

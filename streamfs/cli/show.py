@@ -20,13 +20,7 @@ _JSON_HELP = 'One JSON document: {"version": 1, "streams": [...]}.'
 
 @click.command()
 @click.option("-l", "long", is_flag=True, envvar="STREAMFS_LS_L", help="With state, length, cached bytes and source.")
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    envvar="STREAMFS_LS_JSON",
-    help='One JSON document: {"version": 1, "streams": [...]}.',
-)
+@click.option("--json", "as_json", is_flag=True, envvar="STREAMFS_LS_JSON", help=_JSON_HELP)
 def ls(long: bool, as_json: bool) -> None:
     """List the streams. Asks no server."""
     rows = look(Home.locate()).rows
@@ -42,13 +36,7 @@ def ls(long: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1, type=types.STREAM)
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    envvar="STREAMFS_STATUS_JSON",
-    help='One JSON document: {"version": 1, "streams": [...]}.',
-)
+@click.option("--json", "as_json", is_flag=True, envvar="STREAMFS_STATUS_JSON", help=_JSON_HELP)
 @click.option("--watch", is_flag=True, help="Go on, once a second, until Ctrl-C.")
 def status(names: tuple[str, ...], as_json: bool, watch: bool) -> None:
     """What the streams are doing: state, length, cached bytes, readers, errors."""

@@ -7,7 +7,6 @@ client does, and no bug of a handler, ends the server.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import os
 import socket
@@ -16,9 +15,8 @@ import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, get_type_hints
+from typing import Any, Self, TypeAlias
 
-import msgspec
 import trio
 
 from streamfs.control import wire
@@ -306,23 +304,3 @@ def _pack_failure(error: StreamfsError) -> bytes:
 def _identity(path: Path) -> tuple[int, int]:
     info = path.lstat()
     return info.st_dev, info.st_ino
-
-
-def typed(function: Callable[..., Awaitable[Any] | AsyncIterator[Any]]) -> Handler:
-    """A handler that checks the params against the annotations of `function`'s parameters and passes them on as
-    keywords: msgspec structs are made from JSON, what is missing, unknown or of another type is InvalidRequest."""
-    hints = get_type_hints(function)
-    fields: list[Any] = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        kind = hints[name]
-        fields.append((name, kind) if parameter.default is parameter.empty else (name, kind, parameter.default))
-    model = msgspec.defstruct("Params", fields, forbid_unknown_fields=True, kw_only=True)
-
-    def handler(params: dict[str, Any]) -> Awaitable[Any] | AsyncIterator[Any]:
-        try:
-            checked = msgspec.convert(params, model)
-        except msgspec.ValidationError as error:
-            raise InvalidRequest(f"not a proper request: {error}") from error
-        return function(**{field[0]: getattr(checked, field[0]) for field in fields})
-
-    return handler

@@ -114,14 +114,3 @@ class RangeSet:
 
     def covers(self, start: int, stop: int) -> bool:
         return start >= stop or self.run_end(start) >= stop
-
-    def gaps(self, start: int, stop: int) -> Iterator[Range]:
-        """The ranges between start and stop that are not in the set, in order."""
-        while start < stop:
-            start = self.run_end(start)
-            if start >= stop:
-                return
-            following = self.next_start(start)
-            end = stop if following is None else min(stop, following)
-            yield Range(start, end)
-            start = end
