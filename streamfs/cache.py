@@ -668,6 +668,7 @@ class Cache:
 
     def _refuse(self, step: int, *, counted: bool) -> None:
         self._refusals += 1
+        self.news.count("disk_error")
         if counted and self.size is not None and self.disk_used + step + self._promised > self.size:
             reason = "the cache is full and nothing in it can go"
         else:
@@ -737,6 +738,7 @@ class Cache:
 
     def _disk_failed(self, error: OSError) -> None:
         self._refusals += 1
+        self.news.count("disk_error")
         text = f"the cache directory {self.directory} cannot be written: {error.strerror or error}"
         if text != self.disk_error:
             log.error("%s", text)

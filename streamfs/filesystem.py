@@ -284,7 +284,11 @@ class FileSystem:
         file = self._tree.node(inode)
         if isinstance(file, Folder):
             raise IsDirectory("a folder")
-        handle = await self._stream(file.stream_id).open(sparing=sparing)
+        try:
+            handle = await self._stream(file.stream_id).open(sparing=sparing)
+        except StreamfsError:
+            self.news.count("refused")
+            raise
         try:
             self._bind(file, handle)
         except BaseException:

@@ -6,7 +6,7 @@ Everything here runs in the trio thread, and only takes notes: nothing is awaite
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +26,14 @@ class News:
         self.on_news: Callable[[bool], None] | None = None
         """Called when the first change or event comes in since the last look; with True where it should not wait."""
         self._urgent = False
+        self.counts: Counter[str] = Counter()
+        """How often since the daemon began: by the name of an event, and what is no event of a stream ("refused": an
+        open that failed, "disk_error": bytes that the cache directory did not take). Numbers never go down."""
+
+    def count(self, what: str) -> None:
+        """It happened once more."""
+        self.counts[what] += 1
+        self.wake()
 
     def wake(self) -> None:
         """Something that is of no stream is another now."""
@@ -40,6 +48,7 @@ class News:
 
     def tell(self, event: str, stream_id: int, *, stream: str | None = None, **details: Any) -> None:
         """An event of the stream. `stream`: its name, where it has just lost it."""
+        self.counts[event] += 1
         found = {"time": round(time.time(), 3), "event": event, "id": stream_id, "stream": stream, **details}
         self.events.append(found)
         self.changed.add(stream_id)

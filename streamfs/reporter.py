@@ -47,9 +47,9 @@ class Reporter:
     """The board of one file system. Everything runs in the trio thread."""
 
     def __init__(self, filesystem: FileSystem, board: BoardWriter, facts: dict[str, Any]) -> None:
-        """`facts`: what the daemon says of itself, besides "disk_error"."""
+        """`facts`: what the daemon says of itself, besides "disk_error" and "counts" (as News.counts)."""
         self._fs = filesystem
-        self._facts = facts | {"disk_error": None}
+        self._facts = facts | {"disk_error": None, "counts": {}}
         self._board = board
         self._woken = trio.Event()
         self._woken.set()  # there may be news from before we listened, of which nobody is told again
@@ -101,12 +101,15 @@ class Reporter:
             self._hurry.set()
 
     def _tell_facts(self) -> None:
-        self._facts["disk_error"] = self._fs.disk_error
+        self._facts |= self._moving_facts()
         try:
             self._board.set_facts(self._facts)
             self._board.stamp()
         except NoSpace as error:
             log.warning("the board cannot tell why the cache takes nothing: %s", error)
+
+    def _moving_facts(self) -> dict[str, Any]:
+        return {"disk_error": self._fs.disk_error, "counts": dict(self._fs.news.counts)}
 
     def acknowledge(self, listener: str, seq: int) -> None:
         """As BoardWriter.acknowledge."""
@@ -122,15 +125,14 @@ class Reporter:
         """Write all that changed up to now."""
         changed, events = self._fs.news.take()
         changed.update(stream_id for stream_id in self._moving if self._lives[stream_id].rates_are_due())
-        if self._facts["disk_error"] != self._fs.disk_error:
-            self._tell_facts()
-        if not changed:
-            return
         for event in events:
             event["stream"] = event["stream"] or self._fs.name_of(event["id"])
             self._board.log(_told(event))
-        await self._put_all(changed, 0)
-        self._board.stamp()
+        if changed:
+            await self._put_all(changed, 0)
+            self._board.stamp()
+        if any(self._facts[key] != value for key, value in self._moving_facts().items()):
+            self._tell_facts()
 
     async def _put_all(self, ids: Collection[int], share: int) -> None:
         began = time.perf_counter()
@@ -157,6 +159,7 @@ class Reporter:
             row |= _details(stream)
             row |= life.seen(stream)
             for event in life.events(stream, row):
+                self._fs.news.counts[event["event"]] += 1
                 self._board.log({"time": round(time.time(), 3), **event, "stream": row["name"]})
             if life.moves:
                 self._moving.add(stream_id)

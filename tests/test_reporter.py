@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -109,10 +110,12 @@ async def test_what_is_flushed_is_on_the_board(tmp_path: Path) -> None:
 
 async def test_a_full_disk_shows_among_the_facts(tmp_path: Path) -> None:
     async with a_filesystem(tmp_path, {}) as fs, reported(tmp_path, fs) as (_, reader):
-        fs._cache.disk_error = "it is full"
-        await until(lambda: reader.facts.get("disk_error") == "it is full")
+        fs._cache._disk_failed(OSError(errno.ENOSPC, "it is full"))
+        await until(lambda: "it is full" in (reader.facts.get("disk_error") or ""))
+        assert reader.facts["counts"] == {"disk_error": 1}
         fs._cache.disk_error = None
         await until(lambda: reader.facts["disk_error"] is None)
+        assert reader.facts["counts"] == {"disk_error": 1}
 
 
 def test_many_runs_become_few_by_joining_across_the_shortest_gaps() -> None:

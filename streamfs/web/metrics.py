@@ -14,6 +14,8 @@ from prometheus_client.registry import Collector
 from streamfs.web.watch import Seen
 
 STATES = ("idle", "live", "paused", "complete", "failed")
+FAILURES = "failed", "stalled"
+"""Events of a source that failed, or sent nothing for too long."""
 Row = dict[str, Any]
 Sample = tuple[list[str], float]
 """Values of the labels, and the number."""
@@ -64,6 +66,21 @@ def _daemon(seen: Seen) -> Iterator[Metric]:
             yield _one(name, what, facts[key])
     error = facts.get("disk_error") is not None
     yield _one("streamfs_cache_error", "Whether the cache directory takes nothing now.", error)
+    yield from _counters(facts.get("counts", {}))
+
+
+def _counters(counts: dict[str, int]) -> Iterator[Metric]:
+    """Since the daemon began. Those that tell of failures are there before the first."""
+    for name, key, what in (
+        ("streamfs_refused_opens", "refused", "Opens of files that failed."),
+        ("streamfs_disk_errors", "disk_error", "Bytes that the cache directory did not take: times it was tried."),
+    ):
+        yield CounterMetricFamily(name, what, value=counts.get(key, 0))
+    events = CounterMetricFamily("streamfs_events", "What happened to streams.", labels=["event"])
+    for event in dict.fromkeys((*FAILURES, *counts)):
+        if event not in ("refused", "disk_error"):
+            events.add_metric([event], counts.get(event, 0))
+    yield events
 
 
 def _totals(rows: Sequence[Row]) -> Iterator[Metric]:

@@ -145,6 +145,27 @@ def test_an_error_is_counted(fs: Mounted, site: Site) -> None:
     assert found["streamfs_streams", "failed"] == 1
 
 
+def test_failures_are_counted_and_the_counts_never_go_down(fs: Mounted, site: Site, tmp_path: Path) -> None:
+    def counted(*key: str) -> float:
+        return site.metrics().get(key, -1)
+
+    assert counted("streamfs_events_total", "failed") == counted("streamfs_refused_opens_total") == 0
+    path = fs.add("broken", (tmp_path / "not there").as_uri(), "--no-probe")
+    for number in range(1, 3):
+        with pytest.raises(OSError):
+            path.read_bytes()
+        wait_for(lambda: counted("streamfs_refused_opens_total") >= number, "it is counted")  # noqa: B023
+    assert counted("streamfs_refused_opens_total") == 2
+    assert counted("streamfs_events_total", "failed") == 2
+    (tmp_path / "not there").write_bytes(b"there")
+    assert path.read_bytes() == b"there"
+    wait_for(lambda: counted("streamfs_stream_error", "broken") == 0, "the gauge goes back")
+    fs.run("rm", "broken")
+    wait_for(lambda: counted("streamfs_events_total", "removed") == 1, "other events are counted, too")
+    assert counted("streamfs_events_total", "failed") == counted("streamfs_refused_opens_total") == 2
+    assert counted("streamfs_disk_errors_total") == 0
+
+
 def test_openmetrics_are_given_to_who_asks_for_them(fs: Mounted, site: Site) -> None:
     fs.add("a", "--", "true")
     answer = site.ask("/metrics", Accept="application/openmetrics-text; version=1.0.0")
