@@ -13,10 +13,9 @@ import os
 import re
 import stat
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from streamfs.errors import Busy, InvalidRequest, NotPermitted, StreamfsError
 
@@ -26,8 +25,7 @@ _RECORDING = re.compile(r"(\d+)-(\d+)\.data")
 _LOCK_POLL = 0.02  # seconds; flock has no wait with a deadline, and the holder is most often one short command
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """Who wrote the lock file last: `socket` is the daemon's control socket, None for a command line's short hold."""
 
     pid: int
@@ -41,8 +39,7 @@ class Holder:
         return self.socket is not None and not self.ending and not _is_ending(self.pid)
 
 
-@dataclass(frozen=True, slots=True)
-class Home:
+class Home(NamedTuple):
     """The four directories. `root` is STREAMFS_HOME, None when the XDG directories serve."""
 
     config: Path

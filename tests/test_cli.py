@@ -22,7 +22,7 @@ from streamfs import mounts
 from streamfs.board import NAME
 from streamfs.board.writer import BoardWriter
 from streamfs.catalog import Catalog
-from streamfs.cli import checks, events, keep, types
+from streamfs.cli import checks, events, keep, tables, types
 from streamfs.cli.app import cli, main
 from streamfs.cli.checks import Finding, check_device
 from streamfs.cli.mount import mount_options
@@ -707,4 +707,4 @@ def test_doctor_tells_what_is_wrong_and_what_to_do(home: Home, tmp_path: Path) -
     ("size", "text"), [(None, "?"), (0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 40, "5.0 TiB")]
 )
 def test_sizes_for_people(size: int | None, text: str) -> None:
-    assert types.human_size(size) == text
+    assert tables.human_size(size) == text

@@ -22,10 +22,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from streamfs.errors import Damaged, NoSpace
 
@@ -47,8 +46,7 @@ _CLASSES = 64 + 8 * 36
 _GRAIN = 64 * 1024  # the file's length is a multiple of it, but for the head
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(NamedTuple):
     """What `Heap.check` found. Bytes count whole blocks, their lengths' words too."""
 
     taken: int

@@ -12,7 +12,7 @@ import click
 
 from streamfs.cli.completion import COMPLETION_VARIABLE
 from streamfs.cli.examples import with_examples
-from streamfs.cli.types import visible
+from streamfs.cli.tables import visible
 from streamfs.errors import StreamfsError
 
 FAILURE, USAGE, INTERRUPT = 1, 2, 130
@@ -96,26 +96,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with cli.make_context("streamfs", words, auto_envvar_prefix="STREAMFS") as context:
             cli.invoke(context)
         sys.stdout.flush()
-    except click.exceptions.Exit as end:
-        return end.exit_code
-    except BrokenPipeError:
-        _silence_output()
-        return FAILURE
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", INTERRUPT)
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx is not None else "streamfs"
-        return _fail(f"{_sentence(error.format_message())} (see '{command} --help')", USAGE)
-    except click.ClickException as error:
-        return _fail(error.format_message(), error.exit_code)
-    except StreamfsError as error:
-        return _fail(str(error), FAILURE)
-    except OSError as error:
-        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        return _fail(f"{where}{error.strerror or error}", FAILURE)
-    except Exception as error:  # a bug; the person at the terminal still gets one line
-        return _fail(f"internal error: {type(error).__name__}: {error} ({DEBUG_VARIABLE}=1 shows where)", FAILURE)
+    except (Exception, KeyboardInterrupt) as error:
+        return told(error)
     return 0
+
+
+def told(error: BaseException) -> int:
+    """Tell what ended a command; gives its exit code."""
+    match error:
+        case click.exceptions.Exit():
+            return error.exit_code
+        case BrokenPipeError():
+            _silence_output()
+            return FAILURE
+        case click.Abort() | KeyboardInterrupt():
+            return _fail("interrupted", INTERRUPT)
+        case click.UsageError():
+            command = error.ctx.command_path if error.ctx is not None else "streamfs"
+            return _fail(f"{_sentence(error.format_message())} (see '{command} --help')", USAGE)
+        case click.ClickException():
+            return _fail(error.format_message(), error.exit_code)
+        case StreamfsError():
+            return _fail(str(error), FAILURE)
+        case OSError():
+            where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+            return _fail(f"{where}{error.strerror or error}", FAILURE)
+    # a bug; the person at the terminal still gets one line
+    return _fail(f"internal error: {type(error).__name__}: {error} ({DEBUG_VARIABLE}=1 shows where)", FAILURE)
 
 
 def _sentence(text: str) -> str:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streamfs import mounting, mounts
-from streamfs.cli import types
 from streamfs.cli.registry import connect
+from streamfs.cli.tables import human_size
 from streamfs.errors import Busy, StreamfsError, Unreachable
 from streamfs.home import Home
 
@@ -233,7 +233,7 @@ def check_home() -> Iterator[Finding]:
     yield from _check_run_directory(home)
     yield from _check_daemon(home)
     free = shutil.disk_usage(home.cache).free
-    text = f"{types.human_size(free)} free for the cache in {home.cache}"
+    text = f"{human_size(free)} free for the cache in {home.cache}"
     if free < FREE_FLOOR:
         yield Finding("disk", "warning", text, "make room, or mount with --cache-dir on another disk")
     else:

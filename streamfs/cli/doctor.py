@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from streamfs.cli.types import visible
+from streamfs.cli.tables import visible
 
 
 @click.command()

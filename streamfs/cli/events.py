@@ -17,7 +17,7 @@ import click
 from streamfs.board import Board
 from streamfs.cli.looking import board_path
 from streamfs.cli.signals import ended_by_signals
-from streamfs.cli.types import visible
+from streamfs.cli.tables import visible
 from streamfs.errors import Busy, Unreachable
 from streamfs.home import Home
 

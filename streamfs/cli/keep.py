@@ -15,8 +15,8 @@ import click
 from streamfs.cli import types
 from streamfs.cli.progress import Progress, bytes_progress
 from streamfs.cli.registry import connect, open_registry
-from streamfs.cli.show import JSON_VERSION
 from streamfs.cli.signals import ended_by_signals
+from streamfs.cli.tables import JSON_VERSION, visible
 from streamfs.errors import InvalidRequest, NoSpace, NotFound, SourceFailed, StreamfsError
 from streamfs.home import Home
 
@@ -202,6 +202,6 @@ def verify(names: tuple[str, ...], as_json: bool, cache_dir: str | None) -> None
         click.echo(json.dumps({"version": JSON_VERSION, "verified": results}))
     else:
         for row in results:
-            click.echo(types.visible(f"{'ok     ' if row['ok'] else 'DAMAGED'}  {row['name']}  {row['detail']}"))
+            click.echo(visible(f"{'ok     ' if row['ok'] else 'DAMAGED'}  {row['name']}  {row['detail']}"))
     if not all(row["ok"] for row in results):
         raise click.exceptions.Exit(1)

@@ -13,6 +13,7 @@ import msgspec
 from streamfs.cli import types
 from streamfs.cli.progress import Count, count_progress
 from streamfs.cli.registry import open_registry
+from streamfs.cli.tables import visible
 from streamfs.errors import InvalidRequest, NotFound, StreamfsError
 from streamfs.home import Home
 from streamfs.manifests import FORMATS, WRITTEN
@@ -94,7 +95,7 @@ def import_(
     taken = cast(IfTaken, policies[0] if policies else "refuse")
     found = _gathered(source, Rules(kind, into or "", allow_commands, allow_private))
     for where, text in found.problems[:MOST_SHOWN]:
-        click.echo(types.visible(f"{where}: {text}"), err=True)
+        click.echo(visible(f"{where}: {text}"), err=True)
     if found.problems:
         count = f"{len(found.problems)} of {len(found.problems) + len(found.streams)} entries cannot be used"
         if not skip_bad:
@@ -112,7 +113,7 @@ def import_(
             raise type(error)(f"{error}: nothing was imported (--skip, --replace or --rename)") from error
     if dry_run:
         for item, (outcome, _, name) in zip(items, done, strict=True):
-            click.echo(types.visible(f"{outcome:<9}  {name}  <-  {item.spec.described()}"))
+            click.echo(visible(f"{outcome:<9}  {name}  <-  {item.spec.described()}"))
     counts = Counter(outcome for outcome, _, _ in done)
     click.echo(("would be: " if dry_run else "") + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
 

@@ -26,14 +26,24 @@ class Seen(NamedTuple):
 def look(home: Home, names: Sequence[str] = ()) -> Seen:
     """The streams of these names, or all. From the board, which a daemon that hangs or is stopped cannot hold up;
     where there is none that is whole, from whoever can tell. Raises as `open_registry`, NotFound."""
-    with contextlib.suppress(Unreachable, Damaged), open_board(home) as board:
-        if board.live and board.whole:
-            return Seen(board.streams(names or None), True, board.facts.get("disk_error"))
+    with contextlib.suppress(Unreachable, Damaged):
+        seen = at_board(home, names)
+        if seen is not None:
+            return seen
     from streamfs.cli.registry import open_registry
 
     with open_registry(home) as registry:
         rows = registry.status(names) if names else registry.everything()
         return Seen(rows, registry.live, registry.disk_error())
+
+
+def at_board(home: Home, names: Sequence[str] = ()) -> Seen | None:
+    """As `look`, from the board alone; None where it does not show everything. Raises Unreachable, Damaged,
+    NotFound."""
+    with open_board(home) as board:
+        if board.live and board.whole:
+            return Seen(board.streams(names or None), True, board.facts.get("disk_error"))
+    return None
 
 
 @contextlib.contextmanager

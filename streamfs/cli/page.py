@@ -34,7 +34,7 @@ from textual.widgets import Footer, Input, Static
 from streamfs.cli import maps
 from streamfs.cli.looking import Row
 from streamfs.cli.registry import Live, connect
-from streamfs.cli.types import human_size, visible
+from streamfs.cli.tables import human_size, visible
 from streamfs.cli.watching import Glance, Watch
 from streamfs.errors import StreamfsError, Unreachable
 from streamfs.home import Home

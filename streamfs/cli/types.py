@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -118,20 +117,3 @@ STREAM = StreamName()
 FILE = PathText("file")
 DIRECTORY = PathText("dir")
 TRANSFORM = Suggested(TRANSFORMS)
-
-
-def human_size(size: int | None) -> str:
-    """ "1.5 MiB"; "?" for an unknown one."""
-    if size is None:
-        return "?"
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
-
-
-def visible(text: str) -> str:
-    """`text` without control characters, which could change what a terminal shows."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)

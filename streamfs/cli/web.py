@@ -38,7 +38,7 @@ def web(port: int, host: str) -> None:
             f"this needs {error.name}: pip install 'streamfs[web]', or pipx inject streamfs {' '.join(_NEEDED)}"
         ) from error
     from streamfs.cli.looking import board_path
-    from streamfs.cli.show import document
+    from streamfs.cli.tables import document
 
     try:
         address = loopback(host)
