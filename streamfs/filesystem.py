@@ -327,6 +327,10 @@ class FileSystem:
         """As Handle.read_available."""
         return await self._handle(number).read_available(offset, size)
 
+    def has_some(self, number: int, offset: int, size: int) -> bool:
+        """As Handle.has_some."""
+        return self._handle(number).has_some(offset, size)
+
     def is_ready(self, number: int, when_ready: Callable[[], None] | None = None) -> bool:
         """Whether a read where the last one ended would be answered at once. If not, `when_ready` is called once it
         would; a later call's replaces it."""

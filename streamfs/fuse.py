@@ -23,8 +23,12 @@ from streamfs.processes import process_of, program_of
 log = logging.getLogger(__name__)
 
 AHEAD_PATIENCE = 0.1
-"""Seconds a read of several pages for the kernel's cache waits for its last byte; then the kernel comes again for the
-single pages that programs wait for. Long enough for a request to most servers; a guess."""
+"""Seconds in which the rest of a read of several pages for the kernel's cache has to come once some of it is there;
+then the kernel comes again for the single pages that programs wait for, which costs both sides far more. A megabyte at
+10 MB/s."""
+AHEAD_LONGEST = 10
+"""Times AHEAD_PATIENCE that such a read waits at most: its first byte may have several megabytes before it, or a slow
+reply. But the file stays open to us until then, even if its program has closed it."""
 COMM_LETTERS = 15
 """How much of a program's name the kernel keeps."""
 _NANOSECONDS = 10**9
@@ -215,12 +219,16 @@ class Operations(pyfuse3.Operations):
         if self._ahead >= self.most_ahead:
             raise pyfuse3.FUSEError(errno.EAGAIN)  # no program sees this: the kernel comes again for single pages
         self._ahead += 1
+        partly = False
         try:
-            with trio.move_on_after(AHEAD_PATIENCE):
-                return await self._fs.read(fh, off, size)
+            for _ in range(AHEAD_LONGEST):
+                with trio.move_on_after(AHEAD_PATIENCE):
+                    return await self._fs.read(fh, off, size)
+                if partly:
+                    break  # the pages that are there must not wait for the others
+                partly = self._fs.has_some(fh, off, size)
         finally:
             self._ahead -= 1
-        # Some of its pages may be there, and must not wait for the others.
         raise pyfuse3.FUSEError(errno.EAGAIN)
 
     @_guarded

@@ -150,6 +150,11 @@ class Handle:
             return None
         return await self.read(offset, count or 1)
 
+    def has_some(self, offset: int, size: int) -> bool:
+        """Whether a byte of `size` from `offset` has arrived."""
+        first = self._generation.buffer.next_present(offset)
+        return first is not None and first < offset + size
+
     def ready_at(self, offset: int) -> bool:
         """Whether a read at `offset` would be answered at once, be it by the end or an error."""
         try:

@@ -133,7 +133,7 @@ TOO_SOON = " and ".join(", ".join(str(code) for code in sorted(replies.RETRYABLE
 EXPIRED = " or ".join(", ".join(str(code) for code in sorted(replies.REFRESHABLE)).rsplit(", ", 1))
 NUMBERS = [
     f"if there are at most {filesystem.PROBES_AT_START} of them",
-    f"a kernel read-ahead that waits longer than {fuse.AHEAD_PATIENCE:g} s is turned away",
+    f"a part is there is turned away if the rest does not follow within {2 * fuse.AHEAD_PATIENCE:g} s",
     f"no byte arrives for the stall timeout, or for {stream.WAIT_FOR_END:g} s where there is none",
     f"by {of_bytes(fetches.FIRST_AHEAD)} at first",
     f"at most `--read-ahead` ({of_bytes(OPTIONS.read_ahead)})",
