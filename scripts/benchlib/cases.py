@@ -67,6 +67,14 @@ class Bench:
         assert isinstance(found, Streamfs)
         return found
 
+    @property
+    def through_curl(self) -> Streamfs:
+        """With every URL through libcurl, which speaks HTTP/2 where the server does."""
+        make = partial(contenders.mounted_streamfs, self.origin, self.scratch, transport="curl")
+        found = self._get("through curl", make)
+        assert isinstance(found, Streamfs)
+        return found
+
     def rclone(self, kind: str = "plain") -> Mounted | None:
         return self._peer(f"rclone {kind}", lambda: contenders.mounted_rclone(self.origin, kind, self.scratch))
 
@@ -117,13 +125,17 @@ def _with_peers(
     return found
 
 
-def _sequential(kind: str, how: Callable[[Path], float], httpfs2: bool, *curl: str) -> Callable[..., dict[str, Figure]]:
+def _sequential(
+    kind: str, how: Callable[[Path], float], httpfs2: bool, *curl: str, through_curl: bool = False
+) -> Callable[..., dict[str, Figure]]:
     def prepare(bench: Bench, stack: ExitStack) -> dict[str, Figure]:
         origin = bench.origin
         options = [*curl, *(["--cacert", str(origin.certificates.authority)] if kind in ("tls", "http2") else [])]
         url = origin.url(kind, origin.big)
         found: dict[str, Figure] = {
-            "streamfs": _read_cold(bench.streamfs, f"{kind}/{origin.big}", origin.size, how),
+            "streamfs": _read_cold(
+                bench.through_curl if through_curl else bench.streamfs, f"{kind}/{origin.big}", origin.size, how
+            ),
             "curl": lambda: _rate(origin.size, work.curl(url, *options)),
         }
 
@@ -178,6 +190,7 @@ def _spilled(bench: Bench, stack: ExitStack) -> dict[str, Figure]:
         contenders.drop_pages(path)
         return _rate(size, work.dd(path))
 
+    read(bench.streamfs.path(name))  # from the disk: from now on the kernel has the pages of the cache's file
     return {
         "streamfs": partial(read, bench.streamfs.path(name)),
         "in memory": partial(read, bench.roomy.path(name)),
@@ -352,6 +365,13 @@ CASES = (
         "MB/s",
         _LIBCURL,
         _sequential("http2", work.dd, False, "--http2"),
+    ),
+    Case(
+        "http2-libcurl",
+        "the same, by HTTP/2 through libcurl",
+        "MB/s",
+        _LIBCURL,
+        _sequential("http2", work.dd, False, "--http2", through_curl=True),
     ),
     Case("ftp", "ftp, `dd bs=1M`", "MB/s", _LIBCURL, _sequential("ftp", work.dd, False)),
     Case("memory-direct", "in the daemon's memory, direct", "MB/s", (Goal("C libfuse", 0.85),), _memory_direct),

@@ -75,17 +75,19 @@ def streamfs(home: Path, *arguments: str) -> None:
         raise RuntimeError(f"streamfs {' '.join(arguments)}: {done.stderr.strip()}")
 
 
-def _environment(home: Path) -> dict[str, str]:
-    return {**os.environ, "STREAMFS_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])}
+def _environment(home: Path, **more: str) -> dict[str, str]:
+    return {**os.environ, "STREAMFS_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2]), **more}
 
 
 @contextmanager
-def mounted_streamfs(origin: Origin, scratch: Path, *options: str) -> Iterator[Streamfs]:
-    """A daemon of its own with every URL of the origin registered as KIND/NAME."""
+def mounted_streamfs(origin: Origin, scratch: Path, *options: str, transport: str | None = None) -> Iterator[Streamfs]:
+    """A daemon of its own with every URL of the origin registered as KIND/NAME. `transport`: plain or curl; None: what
+    streamfs takes by itself."""
     home = Path(tempfile.mkdtemp(prefix="home-", dir=scratch))
     mountpoint = Path(tempfile.mkdtemp(prefix="streamfs-", dir=scratch))
     argv = [sys.executable, "-m", "streamfs", "mount", "--foreground", *options, str(mountpoint)]
-    with _mounted(argv, mountpoint, scratch, env=_environment(home)) as pid:
+    forced = {} if transport is None else {"STREAMFS_TRANSPORT": transport}
+    with _mounted(argv, mountpoint, scratch, env=_environment(home, **forced)) as pid:
         found = Streamfs("streamfs", mountpoint, pid, home)
         authority = str(origin.certificates.authority)
         for kind in ("plain", "tls", "http2", "ftp", "far"):
