@@ -43,12 +43,19 @@ FREE_FLOOR = 64 * 1024 * 1024
 """Bytes the cache leaves free on its file system, so that it is never the one that fills the disk to the brim."""
 DISK_RETRY = 5.0
 """Seconds after which a cache directory that took no bytes is tried again."""
+DISK_PATIENCE = 120.0
+"""Seconds without an answer of the disk, after which who waits for memory is told that it hangs. A disk that is only
+slow may be syncing gigabytes meanwhile."""
 _STEP = SPILL_BATCH + LARGE  # most bytes one step of spilling takes on disk
 _TTL_CHECKS = 4  # per time to live
 _TTL_CHECK_EVERY = 15.0  # seconds, at most, between two looks: streams may have shorter times than the mount's
 _TTL_SHARE = 50  # a look that took a second is followed by so many without one
 
 T = TypeVar("T")
+
+
+class _DiskHangs(Exception):
+    """What would make room does not come to its end."""
 
 
 class Cached(Protocol):
@@ -134,6 +141,7 @@ class Cache:
         self._excess = False  # more may be on disk than is allowed
         self._stuck = 0  # counts passes of `run` that found nothing to move for those who wait
         self._waiting = 0  # fetches that wait for memory
+        self._hangs = False  # a step of `run` has not ended for DISK_PATIENCE
         self._watching = 0  # tasks that wait for `_moved`
         self._asked = 0  # how often one began to
         self._sharing = 0  # fetches that wait until others have their share
@@ -329,10 +337,13 @@ class Cache:
 
     async def ready(self, generation: Cached) -> None:
         """Wait while the generation's backlog of bytes to spill is too long. Ends when the disk has caught up, or has
-        turned out not to take more."""
+        turned out not to take more, or to hang."""
         limit = self.spill_threshold + BACKLOG
         while generation.buffer.memory > limit and self.disk_error is None:
-            await self._wait_for_move()
+            try:
+                await self._wait_for_move()
+            except _DiskHangs:
+                return
 
     def is_scarce_for(self, generation: Cached) -> bool:
         """Whether the next piece of memory should be others': what cannot be had again, and therefore goes nowhere but
@@ -359,8 +370,9 @@ class Cache:
                 moves = self._moves
                 await self._whole_pass()
                 if self._moves == moves and self.is_scarce_for(generation) and not self._evict_memory():
-                    reason = self.disk_error or "everything in memory is in use"
-                    raise NoSpace(f"no room for more bytes of this stream: {reason}")
+                    raise self._no_room()
+        except _DiskHangs:
+            raise self._no_room() from None
         finally:
             self._sharing -= 1
 
@@ -374,7 +386,8 @@ class Cache:
     async def memory(self, generation: Cached) -> bool:
         """Wait until the pool may have a piece again. Where nothing can be moved or dropped, a generation whose bytes
         can be had again may go beyond the budget by one small piece (True), as all that is in memory of its kind is
-        being received just now; for others raises NoSpace."""
+        being received just now; for others raises NoSpace. Where the disk hangs, it goes on in what it has itself, or
+        raises NoSpace where that cannot be had again."""
         self._waiting += 1
         self._asked += 1
         try:
@@ -382,10 +395,16 @@ class Cache:
                 return False
             if generation.buffer.refetchable:
                 return True
-            reason = self.disk_error or "everything in memory is in use"
-            raise NoSpace(f"no room for more bytes of this stream: {reason}")
+            raise self._no_room()
+        except _DiskHangs:
+            if generation.buffer.forget_memory(LARGE, all_of_it=True):
+                return False  # it goes on in what it has itself
+            raise self._no_room() from None
         finally:
             self._waiting -= 1
+
+    def _no_room(self) -> NoSpace:
+        return NoSpace(f"no room for more bytes of this stream: {self.disk_error or 'everything in memory is in use'}")
 
     async def _wait_for_move(self) -> bool:
         """Wait until something was moved; True: `run` found that nothing can be."""
@@ -395,17 +414,27 @@ class Cache:
         return self._stuck != stuck
 
     async def _until_moved(self) -> None:
+        """Raises _DiskHangs."""
         self._watching += 1
         try:
-            await self._moved.wait()
+            with trio.move_on_after(0.0 if self._hangs else DISK_PATIENCE) as patience:
+                await self._moved.wait()
         finally:
             self._watching -= 1
+        if patience.cancelled_caught:
+            self._hangs = True
+            self.disk_error = self.disk_error or f"the disk of {self.directory} does not answer"
+            raise _DiskHangs
 
     def _gave(self) -> None:
         # The pool calls this from whichever thread gave pieces back. To wake trio costs more than all else here, so it
         # is left out while nobody waits. Who begins to wait meanwhile has asked for a pass, and its end is announced.
         if self._token is not None and self._watching:
             self._token.run_sync_soon(self._announce, idempotent=True)
+
+    def _step_ended(self) -> None:
+        self._hangs = False
+        self._announce()
 
     def _announce(self) -> None:
         moved, self._moved = self._moved, trio.Event()
@@ -516,7 +545,7 @@ class Cache:
             log.exception("making room failed in an unforeseen way")
             self._stuck += 1
         self._done = self._begun
-        self._announce()
+        self._step_ended()
 
     async def _try_disk(self) -> None:
         """Nothing had to be written: see whether the directory takes bytes again."""
@@ -542,7 +571,7 @@ class Cache:
                 self._moves += 1
             else:
                 tried.add(generation)
-            self._announce()
+            self._step_ended()
         await self._give_back_ahead()
         # Where there is memory now, those who wait have not seen it yet, and come back if it is not enough; for those
         # who asked meanwhile, everything is tried once more.

@@ -6,15 +6,17 @@ import errno
 import os
 import resource
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from streamfs import descriptors
+from streamfs import cache, descriptors
 from streamfs.engine.buffer import SPILL_BATCH
 from streamfs.engine.recording import Header, Recording
 from streamfs.errors import Closed, NoSpace, TooManyFiles
@@ -512,3 +514,31 @@ def test_descriptors_are_short_before_the_last_is_taken() -> None:
         for fd in taken:
             os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+async def test_a_disk_that_hangs_in_a_write_fails_who_needs_it_in_words_and_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, real = threading.Event(), Recording.append
+
+    def hanging(recording: Recording, runs: Any) -> Any:
+        assert answers.wait(30)
+        return real(recording, runs)
+
+    monkeypatch.setattr(Recording, "append", hanging)
+    monkeypatch.setattr(cache, "DISK_PATIENCE", 0.2)
+    one_way = Origin("one-way", size=20 * MIB, ranged=False, piece=MIB)
+    ranged = Origin("ranged", size=20 * MIB, piece=MIB)
+    async with a_house(tmp_path, memory=8 * MIB, spill_threshold=MIB) as house:
+        handle = await house.stream(one_way).open()
+        with trio.fail_after(20), pytest.raises(NoSpace, match="does not answer"):
+            for offset in range(0, one_way.size, MIB):
+                await check(handle, one_way, offset, MIB)
+        await check(handle, one_way, 0, MIB)  # what has come stays
+        assert house.cache.disk_error is not None
+        with trio.fail_after(20):
+            await read_all(house.stream(ranged))
+        answers.set()
+        await until(lambda: house.cache.disk_error is None)
+        await check(handle, one_way, 0, MIB)
+        handle.close()
