@@ -213,7 +213,7 @@ class Catalog:
         taken = self._find(spec.name)
         if taken is not None:
             if not replace:
-                raise AlreadyExists(f"a stream {spec.name!r} exists already: remove it first, or take another name")
+                raise AlreadyExists(f"a stream {spec.name!r} exists already: take another name, or add --replace")
             if taken.spec == spec:
                 return taken
             self._database.execute("DELETE FROM streams WHERE id = ?", (taken.id,))

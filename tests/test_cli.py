@@ -138,6 +138,12 @@ def test_a_check_that_may_not_look_keeps_the_others_from_nothing(monkeypatch: py
     assert clock.check == "clock"
 
 
+def test_without_streams_status_says_what_to_do(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["status"]) == 0
+    first, second = capfd.readouterr().out.splitlines()
+    assert "no streams" in first and "no daemon runs" in second
+
+
 def test_a_window_is_kept_and_excludes_waiting_for_an_end(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
     ok("add", "radio", "http://h.example/live", "--window", "30m", capfd=capfd)
     assert registered(home)[0].options.window == "30m"

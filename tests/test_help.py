@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from streamfs.cli.app import cli
 
@@ -61,3 +62,8 @@ def test_examples_are_accepted(line: str) -> None:
     parser = command.make_parser(context)
     _, left, _ = parser.parse_args(list(rest))
     assert left == [], "more arguments than the command takes"
+
+
+def test_no_line_of_the_overview_is_cut_off() -> None:
+    shown = CliRunner().invoke(cli, ["--help"], terminal_width=80).output
+    assert "..." not in shown.partition("Commands:")[2]

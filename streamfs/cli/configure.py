@@ -74,7 +74,7 @@ TEMPLATE = """\
 """.replace("@SCANNERS@", ", ".join(SCANNERS))
 
 
-@click.group()
+@click.group(short_help="The configuration file: make, check, show it.")
 def config() -> None:
     """The configuration file: options of the mount, defaults of streams by host, folder and name.
 

@@ -10,7 +10,7 @@ import click
 from streamfs.cli.tables import visible
 
 
-@click.command()
+@click.command(short_help="Check this system, and say what to do.")
 @click.option("--json", "as_json", is_flag=True, envvar="STREAMFS_DOCTOR_JSON", help="One JSON document.")
 def doctor(as_json: bool) -> None:
     """Check this system: FUSE, rights, libraries, limits, disk, dead mounts.

@@ -34,7 +34,7 @@ def _listener_name(context: click.Context, parameter: click.Parameter, name: str
     return name
 
 
-@click.command()
+@click.command(short_help="What happened: opened, failed, complete …")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what happens from now on, until Ctrl-C.")
 @click.option(
     "--listener",

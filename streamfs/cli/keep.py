@@ -187,7 +187,7 @@ def evict(names: tuple[str, ...], every: bool, cache_dir: str | None) -> None:
         registry.evict(names, every)
 
 
-@click.command()
+@click.command(short_help="Read cached bytes and check them.")
 @click.argument("names", metavar="[NAME]...", nargs=-1, type=types.STREAM)
 @click.option("--json", "as_json", is_flag=True, envvar="STREAMFS_VERIFY_JSON", help="One JSON document.")
 @_CACHE_DIR

@@ -36,6 +36,7 @@ MOST_SHOWN = 20  # problems that are named one by one
 
 
 @click.command(
+    short_help="Register the streams of a playlist, feed or list.",
     name="import",
     epilog="""Examples:
 
@@ -176,6 +177,7 @@ def _shown(source: str) -> str:
 
 
 @click.command(
+    short_help="Write streams as a list that import reads.",
     epilog="""Examples:
 
 \b

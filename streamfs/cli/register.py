@@ -164,7 +164,7 @@ def _source(url: str | None, shell: str | None, command: tuple[str, ...] | None)
     if shell is not None:
         return ShellSource(shell)
     if url is None:
-        raise click.UsageError("say where the bytes come from: a URL, --shell LINE or -- COMMAND [ARG]...")
+        raise click.UsageError("say where the bytes come from: a URL, --shell LINE, or -- and a command")
     return UrlSource(_checked_url(url))
 
 

@@ -25,7 +25,7 @@ def ls(long: bool, as_json: bool) -> None:
     put(listing(look(Home.locate()).rows, long=long, as_json=as_json))
 
 
-@click.command()
+@click.command(short_help="What the streams are doing now.")
 @click.argument("names", metavar="[NAME]...", nargs=-1, type=types.STREAM)
 @click.option("--json", "as_json", is_flag=True, envvar="STREAMFS_STATUS_JSON", help=_JSON_HELP)
 @click.option("--watch", is_flag=True, help="Go on, once a second, until Ctrl-C.")

@@ -27,7 +27,9 @@ _WHY_SO_OPEN = """\
 """
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(
+    short_help="Print, or install, a unit that mounts by itself.", context_settings={"ignore_unknown_options": True}
+)
 @click.argument("mountpoint", type=types.DIRECTORY)
 @click.argument("options", metavar="[MOUNT OPTION]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("--system", is_flag=True, help="A unit of the whole system, not of your own session.")

@@ -26,6 +26,7 @@ def overview(seen: Seen, *, as_json: bool) -> str:
     if as_json:
         return document(seen.rows, disk_error=seen.disk_error)
     text = table(seen.rows, ("state", "size", "cached", "rate", "readers", "", "name", "error"))
+    text = text or "(no streams: 'streamfs add NAME URL' registers one)"
     if seen.disk_error is not None:
         text += f"\n(cache: {visible(seen.disk_error)}; memory goes on serving)"
     return text if seen.live else f"{text}\n(no daemon runs: see 'streamfs mount')"

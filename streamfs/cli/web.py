@@ -13,7 +13,7 @@ PORT = 9717
 _NEEDED = ("prometheus_client", "waitress")
 
 
-@click.command()
+@click.command(short_help="Serve a page, and metrics, on this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, help="0: any free one.")
 @click.option("--host", metavar="ADDRESS", default="127.0.0.1", show_default=True, help="A loopback address.")
 def web(port: int, host: str) -> None:
