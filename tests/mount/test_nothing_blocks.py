@@ -109,12 +109,22 @@ elif kind == "opened by a thread that ended":
     opener.join()
     print("reading", flush=True)
     os.read(got[0], 100)
-elif kind == "page fault":
+elif kind.startswith("page fault"):
     import mmap
     fd = os.open(path, os.O_RDONLY)
     mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
-    print("reading", flush=True)
-    mapped[0]
+    if kind != "page fault":
+        import ctypes
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        place = libc.mmap(None, ctypes.c_size_t(4096), 1, 2, fd, ctypes.c_long(0))
+        mapped.close()  # Python's mapping keeps a descriptor of its own
+        os.close(fd)
+    if kind == "page fault, inherited" and os.fork():
+        os.wait()
+        sys.exit()
+    print(os.getpid() if kind == "page fault, inherited" else "reading", flush=True)
+    mapped[0] if kind == "page fault" else ctypes.string_at(place, 1)
 else:
     read()
 """
@@ -142,7 +152,7 @@ def _waits_in_the_mount(pid: int) -> bool:
     return any("fuse" in stack or "folio" in stack or "request" in stack for stack in stacks)
 
 
-KINDS = ["one thread", "threads", "opened by a thread that ended", "page fault"]
+KINDS = ["one thread", "threads", "opened by a thread that ended", "page fault", "page fault, file closed"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
@@ -151,7 +161,7 @@ KINDS = ["one thread", "threads", "opened by a thread that ended", "page fault"]
 def test_a_blocked_program_ends_when_it_is_told_to_and_no_other(
     mode: Mode, kind: str, number: signal.Signals, fs: Mounted, origin: ScriptedOrigin, tap: Tap
 ) -> None:
-    if mode == "direct" and kind == "page fault":
+    if mode == "direct" and kind.startswith("page fault"):
         pytest.skip("a file of unknown length cannot be mapped: its size is 0")
     path = stalled(fs, origin, tap, mode)
     other = fs.start(["cat", path])
@@ -171,6 +181,22 @@ def test_a_blocked_program_ends_when_it_is_told_to_and_no_other(
         document.go.set()
         assert other.communicate(timeout=20)[0] == document.bytes()
     assert other.returncode == 0
+
+
+def test_a_program_that_has_only_a_mapping_that_it_inherited_ends_with_the_stall_timeout(
+    fs: Mounted, origin: ScriptedOrigin
+) -> None:
+    """Nothing tells that it waits: neither did it open the file, nor has it a descriptor."""
+    document = origin.add("stalled", MIB, stall_at=1)
+    path = fs.add("stalled", "--no-probe", "--stall-timeout", "2s", document.url)
+    program = fs.python(_DEFAULT + _READER, path, "page fault, inherited")
+    assert program.stdout is not None
+    child = int(program.stdout.readline())
+    wchan = Path(f"/proc/{child}/wchan")
+    wait_for(lambda: "request" in wchan.read_text(), "it waits for its page itself, and not for what is read ahead")
+    os.kill(child, signal.SIGKILL)
+    assert program.wait(20) == 0
+    wait_for(lambda: fs.xattr("stalled", "readers") == "0", "its file is closed")
 
 
 _HANDLER = """
