@@ -24,7 +24,7 @@ import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -272,29 +272,36 @@ class Recording:
         """The kernel keeps what is written in memory until that is short. Where it is never read that costs dearly:
         each page is a fresh one. So it is told to begin writing at once, and a while later to let go of what readers
         have passed. Only hints: a refusal changes nothing."""
-        for offset, view in runs:
-            self._pages.append((offset, offset + len(view)))
-            self._paged += len(view)
-            self._unhinted = max(0, self._unhinted - len(view))
-        hinting, began = not self._unhinted, time.monotonic()
-        if hinting:
-            for offset, view in runs:
-                _libc.sync_file_range(self._data.fd, offset, len(view), _SYNC_BEGIN)
+        written = _joined((offset, offset + len(view)) for offset, view in runs)
+        total = sum(stop - start for start, stop in written)
+        self._pages.extend(written)
+        self._paged += total
+        self._unhinted = max(0, self._unhinted - total)
+        leaving = _joined(self._leaving_pages())
+        if self._unhinted:
+            return
+        began = time.monotonic()
+        for start, stop in written:
+            _libc.sync_file_range(self._data.fd, start, stop - start, _SYNC_BEGIN)
+        for start, stop in leaving:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._data.fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+        self._hint_seconds += time.monotonic() - began
+        self._hinted += total
+        if self._hinted >= _HINTS_OVER:
+            self._unhinted = _PAGES_FOLLOWED if self._hint_seconds > _HINT_PATIENCE else 0
+            self._hinted, self._hint_seconds = 0, 0.0
+
+    def _leaving_pages(self) -> Iterator[tuple[int, int]]:
+        """What of the pages has had time to be written and was passed by all readers: they are followed no longer."""
         while self._paged > PAGES_STAY:
             start, stop = self._pages[0]
             if stop > self.passed and self._paged <= _PAGES_FOLLOWED:
                 break  # a reader is still to come here
             self._pages.popleft()
             self._paged -= stop - start
-            if hinting and stop <= self.passed:
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(self._data.fd, start, stop - start, os.POSIX_FADV_DONTNEED)
-        if hinting:
-            self._hint_seconds += time.monotonic() - began
-            self._hinted += sum(len(view) for _, view in runs)
-            if self._hinted >= _HINTS_OVER:
-                self._unhinted = _PAGES_FOLLOWED if self._hint_seconds > _HINT_PATIENCE else 0
-                self._hinted, self._hint_seconds = 0, 0.0
+            if stop <= self.passed:
+                yield start, stop
 
     def _allocate(self, offset: int, length: int, most: int) -> int:
         """fallocate ahead of sequential appends: 2.4 times faster than letting each write extend the file. Gives how
@@ -613,6 +620,18 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, stop) of ranges; those that follow one another as one. Each is a call for which a thread may have to wait
+    for its turn in the interpreter."""
+    found: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return found
 
 
 def _punch_hole(fd: int, start: int, stop: int) -> None:
