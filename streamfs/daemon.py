@@ -160,9 +160,21 @@ def _run(home: Home, lock: HomeLock, mountpoint: Path, options: MountOptions, re
     lock.record(home.socket_path)
     try:
         trio.run(_serve, home, lock, mountpoint, options, readiness)
+    except BaseExceptionGroup as group:
+        alone = _alone(group)
+        if isinstance(alone, StreamfsError):
+            raise alone from None  # nurseries wrapped the one line that says why
+        raise
     finally:
         lock.release()
     return 0
+
+
+def _alone(error: BaseException) -> BaseException:
+    """The one error in groups of one; the group where there are more."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def _share_one_heap() -> None:
@@ -313,6 +325,8 @@ def _mount(operations: Any, mountpoint: Path, options: MountOptions) -> None:
         hint = ""
         if options.allow_other and os.geteuid() != 0:
             hint = " (--allow-other needs the line 'user_allow_other' in /etc/fuse.conf)"
+        elif not os.access(mountpoint, os.W_OK):
+            hint = " (you must be allowed to write there)"
         raise StreamfsError(f"cannot mount on {mountpoint}{hint}: {error}") from error
 
 

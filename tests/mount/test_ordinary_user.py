@@ -102,12 +102,14 @@ streamfs add it -- echo it
 streamfs mount mnt --allow-other
 echo "exit code $?"
 streamfs mount mnt && cat mnt/it && streamfs umount
+streamfs mount /usr
 """
     done = as_user(user, folder, script, device="0666")
     assert done.stdout.splitlines() == ["exit code 1", "it"]
     lines = done.stderr.splitlines()
-    assert len(lines) == 1
-    assert "user_allow_other" in lines[0]
+    assert len(lines) == 2
+    assert lines[0].startswith("streamfs: cannot mount on") and "user_allow_other" in lines[0]
+    assert lines[1] == "streamfs: cannot mount on /usr (you must be allowed to write there): fuse_session_mount failed"
 
 
 def test_a_dead_mount_of_a_user_is_cleared_by_the_next_one(user: str, folder: Path) -> None:
