@@ -420,8 +420,9 @@ class Page(App[None]):
         self._streams.focus()
         self._looking.start()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                asyncio.get_running_loop().add_signal_handler(number, self.exit)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.exit)
+            # Without its terminal it just ends: to leave that in order would mean to wait for who reads it no more.
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def on_unmount(self) -> None:
         self._looking.stop()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import named_bytes, read_terminal
-from tests.mount.mounted import CLI, WAIT, Mounted, Tap, end_within, wait_for
+from tests.mount.mounted import CLI, WAIT, Mounted, Tap, end_within, is_alive, wait_for
 from tests.mount.origin import ScriptedOrigin
 
 MIB = 1 << 20
@@ -126,6 +126,16 @@ def test_top_beside_a_daemon_that_is_stopped_shows_the_last_and_ends_at_once(fs:
         terminal.wait("streamfs: interrupted", "ended with 130")
     finally:
         os.kill(fs.pid, signal.SIGCONT)
+
+
+def test_top_ends_with_its_terminal(fs: Mounted, terminal: Terminal) -> None:
+    fs.add("a", "--", "true")
+    terminal.run([*CLI, "top"], 80, 24)
+    terminal.wait("a ", "q quit")
+    shell = int(terminal.tmux("list-panes", "-F", "#{pane_pid}"))
+    top = int(Path(f"/proc/{shell}/task/{shell}/children").read_text().split()[0])
+    terminal.tmux("kill-server")
+    wait_for(lambda: not is_alive(top), "it ends")
 
 
 # ── persist --wait ───────────────────────────────────────────────────────────────────────────────────────────────────
