@@ -309,8 +309,7 @@ async def test_persist_by_attribute_goes_on_across_restarts_and_reads_without_th
     async with a_filesystem(tmp_path, served, spill_threshold=MIB) as fs:
         await fs.add([spec_of("x")])
         await fs.set_attribute(inode_of(fs, "x"), "user.persist", b"1\n")
-        await until(lambda: origin.sent >= 9 * MIB and any((tmp_path / "cache").glob("*.data")))
-        await trio.sleep(0.05)
+        await until(lambda: origin.sent >= 9 * MIB and 0 < fs._cache.pool.used <= 2 * MIB)  # the rest is on disk
     before, origin.refuses = origin.sent, SourceFailed("no route")
     origin.stalls.clear()
     async with a_filesystem(tmp_path, served, spill_threshold=MIB) as fs:

@@ -34,7 +34,7 @@ from streamfs.spec import CommandSource, ShellSource, StreamOptions, StreamSpec,
 
 CONTENT = random.Random(20).randbytes(3_000_017)
 GIVEN = 200_003  # bytes of CONTENT that the broken and the silent give
-PATIENCE = StreamOptions(stall_timeout=0.3)
+PATIENCE = StreamOptions(stall_timeout=1.0)  # in which a busy machine answers
 
 
 @dataclass(frozen=True)
@@ -445,7 +445,7 @@ async def test_silence_ends_in_a_stall_after_the_timeout(offer: Offer, tmp_path:
                 last_byte = trio.current_time()
                 received += await receive(body, limit=len(CONTENT))
         assert CONTENT.startswith(received) and received
-        assert trio.current_time() - last_byte >= 0.29
+        assert trio.current_time() - last_byte >= 0.99
         with pytest.raises(SourceStalled):
             await body.receive_into(memoryview(bytearray(1)))
 

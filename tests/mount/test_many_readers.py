@@ -60,7 +60,9 @@ def test_sixty_four_programs_read_one_run_of_the_source(
     if kind == "command":
         assert starts.read_text() == "started\n"
     else:
-        assert (document.bodies, document.sent) == (1, SIZE)
+        assert document.bodies == 1
+        # An open that comes late asks whether the version is still this one: that reply has a body, which is cut short.
+        assert SIZE <= document.sent < 2 * SIZE
 
 
 def test_programs_that_wait_cost_no_processor_time(fs: Mounted, origin: ScriptedOrigin) -> None:
