@@ -43,7 +43,7 @@ from streamfs.generation import Context
 from streamfs.settings import Settings
 from streamfs.sources.base import Facts, Source
 from streamfs.spec import NAME_PART_BYTES, IfTaken, Registration, StreamSpec, UrlSource, check_name, check_url
-from streamfs.stream import Handle, Stream
+from streamfs.stream import Handle, Opener, Stream
 from streamfs.tree import File, Folder, Node, Tree, is_bare, is_lasting
 
 log = logging.getLogger(__name__)
@@ -272,9 +272,9 @@ class FileSystem:
 
     # Files
 
-    async def open(self, inode: int, opener: dict[str, Any] | None = None, *, sparing: bool = False) -> Opened:
+    async def open(self, inode: int, opener: Opener | None = None, *, sparing: bool = False) -> Opened:
         """Open a file. Waits until the length is known where the source can tell, at most the stall timeout. `opener`:
-        who does ("pid", "program"), to be told of. `sparing`: as for Handle.
+        who reads, to be told of; None: this very process. `sparing`: as for Handle.
 
         Raises the source's failure; SourceChanged (ESTALE) where the name now stands for another version: the kernel
         then looks the name up again, gets the new inode, and comes back with that.
@@ -284,8 +284,10 @@ class FileSystem:
         file = self._tree.node(inode)
         if isinstance(file, Folder):
             raise IsDirectory("a folder")
+        if opener is None:
+            opener = Opener(pid=os.getpid(), program=None)
         try:
-            handle = await self._stream(file.stream_id).open(sparing=sparing)
+            handle = await self._stream(file.stream_id).open(opener, sparing=sparing)
         except StreamfsError:
             self.news.count("refused")
             raise
@@ -296,9 +298,7 @@ class FileSystem:
             raise
         number = next(self._numbers)
         self._handles[number] = (handle, file)
-        if opener is not None:
-            handle.opener = opener
-            self.news.tell("opened", file.stream_id, **opener)
+        self.news.tell("opened", file.stream_id, **opener)
         return Opened(number, direct=handle.incoming)
 
     def _bind(self, file: File, handle: Handle) -> None:
@@ -369,7 +369,7 @@ class FileSystem:
         if poll is not None:
             poll.scope.cancel()  # or it would go on asking for bytes that nobody wants
         handle.close()
-        if handle.opener:
+        if handle.opener is not None:
             self.news.tell("closed", file.stream_id, **handle.opener)
 
     # Extended attributes
@@ -633,7 +633,7 @@ class FileSystem:
         return node
 
     async def open_named(self, name: str) -> Opened:
-        """As `open`, by name, of whatever version is current."""
+        """As `open`, by name, of whatever version is current, for this very process."""
         while True:
             try:
                 return await self.open(self._tree.file_of(self.named(name).id).inode)
@@ -765,7 +765,7 @@ class FileSystem:
             await stream.probe()
 
     async def _start_eagerly(self, stream: Stream) -> None:
-        """Start the stream and hold it as a reader would that wants its first byte."""
+        """Start the stream and hold it as a reader would that wants its first byte, though it is none."""
         try:
             handle = await stream.open()
         except StreamfsError as error:

@@ -10,6 +10,7 @@ import heapq
 import logging
 import time
 from collections.abc import Collection
+from operator import itemgetter
 from typing import Any
 
 import trio
@@ -250,8 +251,11 @@ def _details(stream: Stream) -> dict[str, Any]:
         "served": stream.served,
         "title": stream.title,
         "positions": [
-            {"at": handle.position, **handle.opener}
-            for handle in sorted(stream.open_handles, key=lambda handle: handle.position)[:MOST_READERS]
+            {"at": at, **opener}
+            for at, opener in sorted(
+                ((handle.position, handle.opener) for handle in stream.open_handles if handle.opener is not None),
+                key=itemgetter(0),
+            )[:MOST_READERS]
         ],
     }
     if generation is None:

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import msgspec
 import trio
@@ -77,19 +77,27 @@ class Verified:
         return ", ".join(f"{a}-{b}" for a, b in self.damaged[:4]) + (", …" if len(self.damaged) > 4 else "")
 
 
-class Handle:
-    """An open file: reads of one generation. Close it. `sparing`: nothing is read ahead for it, and what it reads does
-    not count as used, so that the cache lets go of that first."""
+class Opener(TypedDict):
+    """Who has a file open."""
 
-    def __init__(self, stream: Stream, generation: Generation, *, sparing: bool = False) -> None:
+    pid: int
+    program: str | None
+    """Its name; None where it cannot be seen."""
+
+
+class Handle:
+    """An open file: reads of one generation. Close it. `opener`: who reads; None: nobody, the daemon itself holds the
+    generation, which is then as much in use as with a reader. `sparing`: nothing is read ahead for it, and what it
+    reads does not count as used, so that the cache lets go of that first."""
+
+    def __init__(self, stream: Stream, generation: Generation, opener: Opener | None, *, sparing: bool = False) -> None:
         self._stream = stream
         self._generation = generation
         self._closed = False
         self._sparing = sparing
         self.position = 0
         """Where the last read ended: what poll(2) asks about, as it names no offset."""
-        self.opener: dict[str, Any] = {}
-        """Who opened it, as far as that is known: "pid", "program"."""
+        self.opener = opener
         generation.opened()
         stream.open_handles.add(self)
         stream.news.touch(stream.entry.id)
@@ -247,9 +255,9 @@ class Stream:
 
     # Opening
 
-    async def open(self, *, sparing: bool = False) -> Handle:
+    async def open(self, opener: Opener | None = None, *, sparing: bool = False) -> Handle:
         """A handle on the current version, which is asked for where that is due. Bounded by the stall timeout.
-        `sparing`: as for Handle.
+        `opener`, `sparing`: as for Handle.
         Raises SourceFailed and its kinds where there is neither a source nor cached bytes."""
         if self._ended is not None:
             raise again(self._ended)
@@ -257,7 +265,7 @@ class Stream:
             self._opens.add(scope)
             try:
                 await self._follow_settings()
-                handle = await self._open_in_turn(time.monotonic(), sparing)
+                handle = await self._open_in_turn(time.monotonic(), opener, sparing)
             finally:
                 self._opens.discard(scope)
                 self._unread.set()
@@ -272,7 +280,7 @@ class Stream:
                 raise
         return handle
 
-    async def _open_in_turn(self, asked: float, sparing: bool) -> Handle:
+    async def _open_in_turn(self, asked: float, opener: Opener | None, sparing: bool) -> Handle:
         """Who waited in line takes the failure of an attempt that began after it came: else each in a long line would
         wait anew for a source that does not answer."""
         async with self._opening:
@@ -280,7 +288,7 @@ class Stream:
                 raise again(self._refused[1])
             began, self._refused = time.monotonic(), None
             try:
-                return Handle(self, await self._current(sparing), sparing=sparing)
+                return Handle(self, await self._current(sparing), opener, sparing=sparing)
             except StreamfsError as error:
                 self._refused = (began, told(error))
                 raise
@@ -502,7 +510,7 @@ class Stream:
 
     async def unread(self) -> None:
         """Wait until nobody has the stream open or waits for that; for one that was removed."""
-        while self.readers or self._opens:
+        while self.open_handles or self._opens:
             self._unread = trio.Event()
             await self._unread.wait()
 
@@ -606,8 +614,8 @@ class Stream:
 
     @property
     def readers(self) -> int:
-        """Open handles, those on older versions too."""
-        return sum(g.handles for g in (*self._orphans, self.generation) if g is not None)
+        """Open files, those on older versions too. What the daemon itself holds open is not among them."""
+        return sum(handle.opener is not None for handle in self.open_handles)
 
     @property
     def problem(self) -> StreamfsError | None:

@@ -201,7 +201,7 @@ async def test_a_rest_without_a_version_is_not_continued_and_its_readers_keep_it
         assert new.generation is not old.generation
         await check(new, origin, 0, 200_000, version=2)
         await check(old, origin, 0, 100_000, version=1)
-        assert stream.readers == 2
+        assert len(stream.open_handles) == 2
         stream.interrupt(Closed("the end"))
         for handle in (old, new):
             with pytest.raises(Closed):
@@ -328,7 +328,7 @@ async def test_who_has_it_open_keeps_the_version_when_it_is_evicted_or_removed(
         await check(handle, origin, 0, MIB)
         getattr(stream, what)()
         await check(handle, origin, 0, 4 * MIB)
-        assert stream.readers == 1
+        assert len(stream.open_handles) == 1
         handle.close()
         await stream.unread()
         await settled()
@@ -450,6 +450,24 @@ async def test_persisting_brings_everything_without_a_reader_into_a_plain_file(c
         assert house.cache.pool.used == 0
 
 
+async def test_what_the_daemon_holds_open_itself_is_in_use_and_has_no_reader(tmp_path: Path) -> None:
+    stall = trio.Event()
+    origin = Origin(size=MIB, stalls={100_000: stall})
+    async with a_house(tmp_path) as house:
+        stream = house.stream(origin)
+        persist(house, stream)
+        await until(lambda: stream.open_handles)
+        generation = stream.generation
+        assert generation is not None and generation.in_use and generation.handles == 1
+        assert stream.readers == 0
+        handle = await stream.open({"pid": 4711, "program": "mpv"})
+        assert (stream.readers, generation.handles) == (1, 2)
+        handle.close()
+        assert stream.readers == 0
+        stall.set()
+        await until_persisted(stream)
+
+
 async def test_a_stream_of_no_bytes_can_be_persisted(tmp_path: Path) -> None:
     origin = Origin(size=0)
     async with a_house(tmp_path) as house:
@@ -547,7 +565,7 @@ async def test_unpersisting_stops_the_fetch(tmp_path: Path) -> None:
         stall.set()
         await trio.sleep(0.1)
         assert origin.sent <= 100_000 + origin.piece
-        assert stream.readers == 0
+        assert not stream.open_handles
 
 
 async def test_persisting_on_a_disk_that_takes_nothing_pauses_between_attempts(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from textual._compositor import LayoutUpdate
 from textual.containers import VerticalScroll
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
@@ -353,8 +354,6 @@ def test_what_the_daemon_refuses_is_said_and_so_is_that_there_is_none(home: Home
         assert said(page) == "no daemon runs"
 
     on_page(home, watch, again)
-    daemon.running = Running(home, {})
-    daemon.running.__enter__()
 
 
 def test_sorting_and_filtering(home: Home) -> None:
@@ -407,6 +406,46 @@ def test_it_waits_for_a_daemon_and_says_so(home: Home) -> None:
         watch.end()
         await until(pilot, lambda: page.shown == 0)
         assert "waiting" in text_of(page, "#none")
+
+    on_page(home, watch, act)
+
+
+def test_all_of_the_screen_is_painted_after_what_kept_it_from_being_painted(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to be painted in a batch is thrown away; and a change of the footer's keys is one."""
+    watch = Scripted(row(1, "a"), row(2, "b"))
+    painted: list[tuple[int, int]] = []
+    lost: list[tuple[int, int]] = []
+
+    def display(page: Page, screen: object, update: object) -> None:
+        if isinstance(update, LayoutUpdate):
+            (lost if page._batch_count else painted).append(update.region.size)
+
+    monkeypatch.setattr(Page, "_display", display)
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 2)
+        with page.batch_update():
+            await pilot.resize_terminal(30, 18)
+            await until(pilot, lambda: (30, 18) in lost)
+            assert (30, 18) not in painted
+        await until(pilot, lambda: (30, 18) in painted)
+        await pilot.pause(0.6)  # until the size counts as settled
+        painted.clear()
+        with page.batch_update():
+            pass
+        await until(pilot, lambda: painted)
+
+    on_page(home, watch, act)
+
+
+def test_a_reader_of_whom_nothing_is_known_is_shown(home: Home) -> None:
+    watch = Scripted(mapped(100, [[0, 60]], [], state="live", positions=[{"at": 1000}]))
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 1)
+        await until(pilot, lambda: "? (?) at 1,000" in text_of(page, "#more"))
 
     on_page(home, watch, act)
 

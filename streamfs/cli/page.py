@@ -12,7 +12,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from rich.cells import cell_len, set_cell_size
@@ -43,6 +43,7 @@ PAUSE = 0.2
 """Seconds between two looks at the board."""
 _SHARE = 5  # a look at a large board that took a second is followed by so many without one
 _SAID_FOR = 5.0  # seconds that a line about what was done is shown
+_SETTLED = 0.3  # seconds after a change of the terminal's size, or a question, until all is laid out and painted again
 _PATIENCE = 5.0  # seconds of silence after which a daemon that was asked for something counts as hanging
 
 _GLYPHS: dict[maps.Cell, str] = {"memory": "█", "disk": "▓", "part": "▒", "missing": "·"}
@@ -172,7 +173,11 @@ def details(row: Row, width: int) -> Text:
     text.append("\n" + "".join(_FETCH if at in fetches else " " for at in range(width)) + "\n", "bold bright_green")
     if row.get("error"):
         text.append(f"{visible(row['error'])}\n", "bold red")
-    who = [f"{visible(reader['program'] or '?')} ({reader['pid']}) at {reader['at']:,}" for reader in row["positions"]]
+    who = [
+        # A daemon of another version may not know who it is.
+        f"{visible(reader.get('program') or '?')} ({reader.get('pid', '?')}) at {reader['at']:,}"
+        for reader in row["positions"]
+    ]
     if who:
         text.append(f"{_READER} " + "  ".join(who) + "\n")
     for fetch in row["fetches"]:
@@ -404,6 +409,7 @@ class Page(App[None]):
         self._wanted = ""
         self._told: int | None = None  # of whom the details are
         self._hush: Timer | None = None
+        self._settling: Timer | None = None
         self.interrupted = False
 
     def compose(self) -> ComposeResult:
@@ -426,6 +432,20 @@ class Page(App[None]):
 
     def on_unmount(self) -> None:
         self._looking.stop()
+
+    @contextlib.contextmanager
+    def batch_update(self) -> Iterator[None]:
+        """Nothing is painted meanwhile, and all of the screen afterwards.
+
+        textual itself does not: what a layout changed is painted a little later, and that is thrown away where a
+        batch is under way by then. Each change of the keys in the footer is one, as at the end of a question. A
+        terminal that was resized just then would show, until something changes there, what the old size left of the
+        old screen.
+        """
+        with super().batch_update():
+            yield
+        if self.is_running and self.screen_stack:
+            self.screen.refresh()
 
     def tell(self, message: Message) -> None:
         """From any thread; nobody hears it once the page has gone."""
@@ -452,6 +472,14 @@ class Page(App[None]):
         self.screen_stack[0].set_class(event.size.height < 16, "short")
         self.screen_stack[0].set_class(event.size.height < 24, "low")
         self._show()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Lay out and paint everything anew a little later: terminals keep what they had where it fits, and messages
+        of a question that ends may meet those of the new size in any order."""
+        if self._settling is not None:
+            self._settling.stop()
+        self._settling = self.set_timer(_SETTLED, lambda: self.screen.refresh(layout=True))
 
     def _show(self) -> None:
         found = self._found
@@ -561,6 +589,7 @@ class Page(App[None]):
         stream, name = row["id"], row["name"]
 
         def answered(yes: bool | None) -> None:
+            self._settle()
             if not yes:
                 return
             if any(row["id"] == stream and row["name"] == name for row in self._found.rows):

@@ -140,7 +140,7 @@ def _on_disk(row: Row) -> int:
 
 
 _MOVING: tuple[tuple[str, str, Callable[[Row], int]], ...] = (
-    ("readers", "Open files, and what else holds streams open", lambda row: _number(row, "readers")),
+    ("readers", "Open files", lambda row: _number(row, "readers")),
     ("fetches", "Places where bytes come in", lambda row: len(row.get("fetches", ()))),
     ("receive_bytes_per_second", "Bytes a second from the source", lambda row: _number(row, "rate")),
     ("read_bytes_per_second", "Bytes a second to readers", lambda row: _number(row, "read_rate")),

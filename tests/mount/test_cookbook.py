@@ -174,7 +174,8 @@ def test_a_camera(kitchen: Kitchen, library: Path, tmp_path: Path) -> None:
         assert (kitchen.work / "door.jpg").read_bytes()[:2] == b"\xff\xd8"
         told = checked(["ffprobe", "-v", "error", "-show_entries", "format=duration", kitchen.work / "door.mkv"])
         assert 0.5 < float(told.split(b"duration=")[1].split()[0]) < 2
-        assert kitchen.fs.status("door.mjpeg")["readers"] == 1, "it is held, whoever looks"
+        held = kitchen.fs.status("door.mjpeg")
+        assert (held["state"], held["readers"]) == ("live", 0), "it comes in, whoever looks"
     finally:
         camera.stop()
 

@@ -128,6 +128,24 @@ def test_top_beside_a_daemon_that_is_stopped_shows_the_last_and_ends_at_once(fs:
         os.kill(fs.pid, signal.SIGCONT)
 
 
+def test_top_tells_of_a_stream_that_is_being_kept_and_has_no_reader(
+    fs: Mounted, origin: ScriptedOrigin, terminal: Terminal
+) -> None:
+    document = origin.add("kept", 9 * MIB, stall_at=5 * MIB)
+    path = fs.add("kept", document.url)
+    os.setxattr(path, "user.streamfs.persist", b"1")
+    assert document.stalled.wait(WAIT)
+    terminal.run([*CLI, "top"], 100, 30)
+    terminal.wait("kept", "live", "to be kept", "q quit")
+    assert fs.xattr("kept", "readers") == "0"
+    row = fs.status("kept")
+    assert (row["readers"], row["positions"]) == (0, [])
+    document.go.set()
+    wait_for(lambda: fs.xattr("kept", "persisted_path"), "it is kept")
+    terminal.keys("q")
+    terminal.wait("ended with 0")
+
+
 def test_top_ends_with_its_terminal(fs: Mounted, terminal: Terminal) -> None:
     fs.add("a", "--", "true")
     terminal.run([*CLI, "top"], 80, 24)
