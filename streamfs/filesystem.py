@@ -81,10 +81,14 @@ class Attributes:
 class Opened(NamedTuple):
     """`direct`: the kernel must not cache and must pass every read on. So it is while the length is unknown, and while
     bytes of a one-way source still come in: a page of the cache is there as a whole or not at all, and bytes that
-    have arrived would wait for those that have not."""
+    have arrived would wait for those that have not.
+
+    `doubted`: the kernel was told a length of 0 while it was unknown, and must be told now to believe no such answer
+    any more: one that a slow program takes in late would otherwise be the end of the file to cached reads."""
 
     handle: int
     direct: bool
+    doubted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +239,8 @@ class FileSystem:
             size = stream.size if stream is not None else None if entry is None else entry.size
             timeout = 0.0
         node.told = size or node.told
+        if not node.told:
+            node.doubted = True
         added = entry.added if entry is not None else stream.entry.added if stream is not None else self._started
         return Attributes(
             inode=node.inode,
@@ -299,7 +305,11 @@ class FileSystem:
         number = next(self._numbers)
         self._handles[number] = (handle, file)
         self.news.tell("opened", file.stream_id, **opener)
-        return Opened(number, direct=handle.incoming)
+        return Opened(number, direct=handle.incoming, doubted=file.doubted and not handle.incoming)
+
+    def trust_size(self, number: int) -> None:
+        """The kernel has no size of this open file in hand but the right one."""
+        self._handles[number][1].doubted = False
 
     def _bind(self, file: File, handle: Handle) -> None:
         """Make sure that the inode and the handle mean the same version, now and for good."""

@@ -16,7 +16,7 @@ import trio
 from pyfuse3 import FileHandleT, FileNameT, InodeT, RequestContext, XAttrNameT
 
 from streamfs.errors import NotFound, StreamfsError
-from streamfs.filesystem import Attributes, FileSystem
+from streamfs.filesystem import Attributes, FileSystem, Opened
 from streamfs.interrupts import Interrupts
 from streamfs.processes import process_of, program_of
 
@@ -184,6 +184,8 @@ class Operations(pyfuse3.Operations):
         # With O_DIRECT programs get the replies to reads themselves, which must then not be those to read-ahead.
         # So for scanners: the kernel would read ahead what they never want.
         direct = opened.direct or sparing or bool(flags & os.O_DIRECT)
+        if opened.doubted:
+            direct = not self._voids_answers(opened, inode) or direct
         self._files[opened.handle] = _OpenFile(process, inode, direct, eager)
         # Pages may stay in the kernel's cache from open to open: an inode's bytes never change.
         return pyfuse3.FileInfo(fh=FileHandleT(opened.handle), direct_io=direct, keep_cache=not opened.direct)
@@ -198,6 +200,18 @@ class Operations(pyfuse3.Operations):
             if not file.direct:
                 return await self._read_cached(fh, off, size)
             return await self._read_direct(file, fh, off, size)
+
+    def _voids_answers(self, opened: Opened, inode: InodeT) -> bool:
+        """See to it that the kernel takes in no answer about the inode's attributes that was given before now: it reads
+        a reply when the program that asked runs next, and would then skip newer replies to requests that came before.
+        Waits for nobody. False: this kernel cannot."""
+        try:
+            pyfuse3.invalidate_inode(inode, attr_only=True)
+        except OSError as error:
+            log.warning("the kernel cannot be told that a length is known now: %s", error)
+            return False
+        self._fs.trust_size(opened.handle)
+        return True
 
     async def _read_direct(self, file: _OpenFile, fh: FileHandleT, off: int, size: int) -> memoryview:
         """Past the kernel's cache, except for a private mapping: what it touches comes as reads of pages, which look

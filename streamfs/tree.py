@@ -46,17 +46,19 @@ class File:
     """One inode of a stream.
 
     `generation`: the version this inode stands for, None before the first open. `told`: the size the kernel was told
-    for it; it may go from 0 (unknown) to the size, and never changes again. `folder`: where its name is, None where
-    it has none any more. `lookups`: the references the kernel holds.
+    for it; it may go from 0 (unknown) to the size, and never changes again. `doubted`: the kernel may still have a 0 in
+    hand that it was told while the size was unknown. `folder`: where its name is, None where it has none any more.
+    `lookups`: the references the kernel holds.
     """
 
-    __slots__ = ("folder", "generation", "inode", "lookups", "name", "stream_id", "told")
+    __slots__ = ("doubted", "folder", "generation", "inode", "lookups", "name", "stream_id", "told")
 
     def __init__(self, inode: int, stream_id: int) -> None:
         self.inode = inode
         self.stream_id = stream_id
         self.generation: Generation | None = None
         self.told = 0
+        self.doubted = False
         self.lookups = 0
         self.folder: Folder | None = None
         self.name = b""
