@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Set
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import msgspec
@@ -26,7 +27,7 @@ from streamfs.engine.pool import LARGE
 from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.engine.state import again
 from streamfs.entries import Entry
-from streamfs.errors import NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError, told
+from streamfs.errors import Closed, NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError, told
 from streamfs.news import News
 from streamfs.settings import Settings
 from streamfs.sources.base import Body, Facts, Source
@@ -161,6 +162,9 @@ class Generation:
         self._settled = recording is not None and recording.durable
         self.plan = FetchPlan(ranged=facts.ranged, read_ahead=self._read_ahead)
         self.handles = 0
+        self.failures = 0
+        """Fetches that have failed."""
+        self._failure: StreamfsError = Closed("nothing has failed")  # the latest
         self.received = 0  # bytes that came from the source
         self._news = self._context.cache.news
         self.used = float("-inf")  # until a reader comes that counts
@@ -235,27 +239,30 @@ class Generation:
             self._follow(offset + len(found))
         return found
 
-    async def read(self, offset: int, size: int, *, sparing: bool = False) -> memoryview:
-        """As Buffer.read_async; bytes are fetched as they are needed."""
+    async def read(self, offset: int, size: int, since: int, *, sparing: bool = False) -> memoryview:
+        """As Buffer.read_async; bytes are fetched as they are needed. `since`: as for `demand`."""
         if sparing:
-            return await self.buffer.read_async(offset, size, self.demand_sparingly)
+            return await self.buffer.read_async(offset, size, partial(self.demand, since=since, sparing=True))
         self.used = time.monotonic()
-        view = await self.buffer.read_async(offset, size, self.demand)
+        view = await self.buffer.read_async(offset, size, partial(self.demand, since=since))
         self._follow(offset + len(view))
         return view
 
-    async def wait(self, offset: int) -> None:
+    async def wait(self, offset: int, since: int) -> None:
         """Wait for the byte at `offset`, or for any reason to look again. Raises the stream's failure."""
-        await self.buffer.wait_async(offset, 1, self.demand)
+        await self.buffer.wait_async(offset, 1, partial(self.demand, since=since))
 
-    def demand(self, missing: int, stop: int) -> None:
-        """A reader waits for missing..stop: see to it that a fetch brings them."""
-        self.used = time.monotonic()
-        self._see_to(self.plan.demand(missing, stop), missing)
+    def demand(self, missing: int, stop: int, since: int | None = None, *, sparing: bool = False) -> None:
+        """A reader waits for missing..stop: see to it that a fetch brings them. `sparing`: nothing is read ahead.
 
-    def demand_sparingly(self, missing: int, stop: int) -> None:
-        """As `demand`, for a reader for whom nothing is read ahead."""
-        self._see_to(self.plan.demand(missing, stop, sparing=True), missing)
+        `since`: what `failures` was when the reader opened the file; None: it is a new attempt. Raises the latest
+        failure where there was one since then: a later open has the source asked again, and readers from before it
+        would wait as long once more, one after the other where the kernel lets only one of them ask for a page."""
+        if since is not None and since != self.failures:
+            raise again(self._failure)
+        if not sparing:
+            self.used = time.monotonic()
+        self._see_to(self.plan.demand(missing, stop, sparing=sparing), missing)
 
     def _see_to(self, fetch: Fetch | None, missing: int) -> None:
         if fetch is None:
@@ -403,7 +410,9 @@ class Generation:
             ended, self._fetch_ended = self._fetch_ended, trio.Event()
             ended.set()
             if error is not None and not self.buffer.doomed:
-                self.buffer.fail(told(error))
+                self.failures += 1
+                self._failure = told(error)
+                self.buffer.fail(self._failure)
                 tell_failure(self._news, self.stream_id, error)
             else:
                 self.buffer.wake_all()  # those that this fetch was to serve ask for another

@@ -98,6 +98,7 @@ class Handle:
         self.position = 0
         """Where the last read ended: what poll(2) asks about, as it names no offset."""
         self.opener = opener
+        self._since = generation.failures
         generation.opened()
         stream.open_handles.add(self)
         stream.news.touch(stream.entry.id)
@@ -135,12 +136,12 @@ class Handle:
         only a read of none of them raises.
         """
         try:
-            view = await self._generation.read(offset, size, sparing=self._sparing)
+            view = await self._generation.read(offset, size, self._since, sparing=self._sparing)
         except StreamfsError:
             count = self._generation.buffer.available(offset, size) if partial else 0
             if not count:
                 raise
-            view = await self._generation.read(offset, count, sparing=self._sparing)
+            view = await self._generation.read(offset, count, self._since, sparing=self._sparing)
         self._gave(offset, view)
         return view
 
@@ -154,7 +155,7 @@ class Handle:
         yet. Empty at the proven end. Raises what stands in their way."""
         count = self._generation.buffer.available(offset, size)
         if not count and not self.ready_at(offset):
-            self._generation.demand(offset, offset + size)
+            self._generation.demand(offset, offset + size, self._since)
             return None
         return await self.read(offset, count or 1)
 
@@ -166,14 +167,14 @@ class Handle:
     def ready_at(self, offset: int) -> bool:
         """Whether a read at `offset` would be answered at once, be it by the end or an error."""
         try:
-            return self._generation.buffer.missing(offset, 1) is None
+            return self._generation.buffer.missing(offset, 1) is None or self._since != self._generation.failures
         except StreamfsError:
             return True
 
     async def wait_until_ready(self) -> None:
         """Wait until a read at `position` would be answered at once. The bytes there are fetched meanwhile."""
         while not self.ready_at(self.position):
-            await self._generation.wait(self.position)
+            await self._generation.wait(self.position, self._since)
 
     def close(self) -> None:
         if not self._closed:

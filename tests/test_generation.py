@@ -197,6 +197,34 @@ async def test_a_later_open_of_a_url_tries_again(tmp_path: Path, autojump_clock:
     assert origin.sent == origin.size
 
 
+async def test_who_opened_before_a_failure_goes_on_to_get_it_though_a_later_open_tries_again(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    origin = Origin(size=MIB, failures={500_000: SourceStalled("nothing came")})
+    async with a_house(tmp_path) as house:
+        stream = house.stream(origin)
+        before = await stream.open()
+        with pytest.raises(SourceStalled):
+            await before.read(500_000, 1)
+        origin.failures.clear()
+        origin.stalls[500_000] = trio.Event()
+        later = await stream.open()
+        assert not later.ready_at(500_000)
+        with trio.fail_after(1):
+            for _ in range(3):  # at once, and not when the new attempt has come to an end
+                with pytest.raises(SourceStalled):
+                    await before.read(500_000, 1)
+            assert bytes(await before.read(0, 1000)) == origin.content()[:1000]
+            assert before.ready_at(500_000)
+            with pytest.raises(SourceStalled):
+                await before.read_available(500_000, 1)
+        origin.stalls.pop(500_000).set()
+        assert bytes(await later.read(500_000, 1000)) == origin.content()[500_000:501_000]
+        assert bytes(await before.read(500_000, 1000)) == origin.content()[500_000:501_000]  # it has arrived
+        before.close()
+        later.close()
+
+
 async def test_a_later_open_of_a_command_does_not_run_it_again(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -271,7 +299,7 @@ async def test_a_one_way_url_that_sends_other_bytes_than_before_has_changed(
             origin.version, origin.named = 2, True
             origin.__class__ = _SameName
         origin.length = length
-        for each in (handle, second):
+        for each in (second, handle):
             with pytest.raises(SourceChanged):
                 await each.read(400_000, 1000)
             with pytest.raises(SourceChanged):
