@@ -27,7 +27,7 @@ from streamfs.engine.pool import LARGE
 from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.engine.state import again
 from streamfs.entries import Entry
-from streamfs.errors import Closed, NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError, told
+from streamfs.errors import NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError, told
 from streamfs.news import News
 from streamfs.settings import Settings
 from streamfs.sources.base import Body, Facts, Source
@@ -164,7 +164,7 @@ class Generation:
         self.handles = 0
         self.failures = 0
         """Fetches that have failed."""
-        self._failure: StreamfsError = Closed("nothing has failed")  # the latest
+        self._failure: StreamfsError | None = None  # the latest
         self.received = 0  # bytes that came from the source
         self._news = self._context.cache.news
         self.used = float("-inf")  # until a reader comes that counts
@@ -258,7 +258,7 @@ class Generation:
         `since`: what `failures` was when the reader opened the file; None: it is a new attempt. Raises the latest
         failure where there was one since then: a later open has the source asked again, and readers from before it
         would wait as long once more, one after the other where the kernel lets only one of them ask for a page."""
-        if since is not None and since != self.failures:
+        if since is not None and since != self.failures and self._failure is not None:
             raise again(self._failure)
         if not sparing:
             self.used = time.monotonic()

@@ -197,7 +197,7 @@ def from_json(data: bytes | str, kind: type[_T]) -> _T:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         try:
             return msgspec.convert(json.loads(data), kind)
-        except (ValueError, RecursionError):  # json's and msgspec's own errors are both ValueErrors
+        except (ValueError, msgspec.MsgspecError, RecursionError):  # a ValueError only from msgspec 0.20 on
             raise InvalidRequest(f"not a valid {getattr(kind, '__name__', 'source')}: {error}") from error
 
 
