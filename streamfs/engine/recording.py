@@ -59,14 +59,6 @@ _PAGES_FOLLOWED = 256 * 1024 * 1024  # bytes of pages that wait to be let go; of
 _HINTS_OVER, _HINT_PATIENCE = 64 * 1024 * 1024, 0.5
 """Over so many bytes hints may take so many seconds. A disk that keeps them waiting longer may be slower than what
 comes in: then the kernel takes in as much as it likes, and no hints are given for the next _PAGES_FOLLOWED bytes."""
-_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
-PAGES_STAY = 16 * 1024 * 1024
-"""Bytes written last whose pages stay in the kernel's memory even where nobody is expected to read them: the disk is
-still writing them, and only what is written can be let go. A guess at what disks take in a tenth of a second."""
-_PAGES_FOLLOWED = 256 * 1024 * 1024  # bytes of pages that wait to be let go; of what is past that the kernel takes care
-_HINT_PATIENCE = 0.05
-"""Seconds a step of hints may take. A disk that keeps them waiting longer is slower than what comes in: then the kernel
-may take in as much as it likes, and no hints are given for the next _PAGES_FOLLOWED bytes."""
 
 
 class DamagedExtent(Exception):
