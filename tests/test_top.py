@@ -440,6 +440,20 @@ def test_all_of_the_screen_is_painted_after_what_kept_it_from_being_painted(
     on_page(home, watch, act)
 
 
+def test_a_new_size_counts_though_the_timer_that_passes_it_on_never_comes(home: Home) -> None:
+    """As where a busy machine makes textual skip the timer's only tick."""
+    watch = Scripted(row(1, "a"), row(2, "b"))
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        await until(pilot, lambda: page.shown == 2)
+        page._resize_timer = page.set_timer(3600, lambda: None)
+        for width in (30, 50):
+            await pilot.resize_terminal(width, 18)
+            await until(pilot, lambda width=width: page._streams.size.width == width)
+
+    on_page(home, watch, act)
+
+
 def test_a_reader_of_whom_nothing_is_known_is_shown(home: Home) -> None:
     watch = Scripted(mapped(100, [[0, 60]], [], state="live", positions=[{"at": 1000}]))
 

@@ -409,7 +409,7 @@ class Page(App[None]):
         self._wanted = ""
         self._told: int | None = None  # of whom the details are
         self._hush: Timer | None = None
-        self._settling: Timer | None = None
+        self._settling: asyncio.TimerHandle | None = None
         self.interrupted = False
 
     def compose(self) -> ComposeResult:
@@ -475,11 +475,20 @@ class Page(App[None]):
         self._settle()
 
     def _settle(self) -> None:
-        """Lay out and paint everything anew a little later: terminals keep what they had where it fits, and messages
-        of a question that ends may meet those of the new size in any order."""
+        """Lay out and paint everything anew a little later. textual passes a new size on by a timer of 8 ms that never
+        comes where the machine is so busy that this time is over before it begins to wait, and passes none on after
+        that (seen: its timers skip what they are late for); and messages of a question that ends may meet those of the
+        new size in any order."""
         if self._settling is not None:
-            self._settling.stop()
-        self._settling = self.set_timer(_SETTLED, lambda: self.screen.refresh(layout=True))
+            self._settling.cancel()
+        self._settling = asyncio.get_running_loop().call_later(_SETTLED, self._settled)
+
+    def _settled(self) -> None:
+        if not self.is_running:
+            return
+        for screen in self.screen_stack:
+            screen.post_message(events.Resize(self.size, self.size))
+        self.screen.refresh(layout=True)
 
     def _show(self) -> None:
         found = self._found
