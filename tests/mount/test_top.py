@@ -101,8 +101,6 @@ def test_top_in_a_terminal_waits_for_a_daemon_and_shows_and_changes_its_streams(
         terminal.keys("d")
         terminal.wait("Remove data and its cached bytes?")
         terminal.keys("n")
-        terminal.tmux("resize-window", "-x", "30", "-y", "18")
-        terminal.wait("data ", "live ", "▼", "q quit")
         terminal.keys("d")
         terminal.wait("Remove data")
         terminal.keys("y")
