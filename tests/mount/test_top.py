@@ -101,6 +101,7 @@ def test_top_in_a_terminal_waits_for_a_daemon_and_shows_and_changes_its_streams(
         terminal.keys("d")
         terminal.wait("Remove data and its cached bytes?")
         terminal.keys("n")
+        wait_for(lambda: "Remove data" not in terminal.shown(), "the question is over")
         terminal.keys("d")
         terminal.wait("Remove data")
         terminal.keys("y")
