@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from streamfs.board import Board
 from streamfs.cli.looking import Row
 from streamfs.cli.progress import Progress, bytes_progress
 from streamfs.cli.watching import Glance, Watch
@@ -49,14 +48,14 @@ class _Wait:
             found = watch.glance()
             if found is not None:
                 if found.problem is not None:
-                    raise Unreachable("the daemon has ended: the streams are kept on with the next mount")
+                    raise _ended()
                 rows = self._rows(found)
                 sizes = [row["size"] for row in rows]
                 known = None if None in sizes or len(rows) < len(self._waiting) else sum(sizes)
                 progress(sum(row["buffered"] for row in rows), known)
                 if found.whole and all(row.get("persisted_path") for row in rows):
                     return
-                self._look_for_failures(watch.board(), {row["name"] for row in rows if not row.get("persisted_path")})
+                self._look_for_failures(watch, {row["name"] for row in rows if not row.get("persisted_path")})
             time.sleep(max(_PAUSE, (time.monotonic() - began) * _SHARE))
 
     def _rows(self, found: Glance) -> list[Row]:
@@ -78,10 +77,18 @@ class _Wait:
             rows.append(row)
         return rows
 
-    def _look_for_failures(self, board: Board, waiting: set[str]) -> None:
+    def _look_for_failures(self, watch: Watch, waiting: set[str]) -> None:
         """Raises SourceFailed for the first failure of one of these streams that nobody has seen. Errors of rows are
         no help: they may be of an earlier attempt."""
+        try:
+            board = watch.board()
+        except Unreachable as error:  # since the glance
+            raise _ended() from error
         for event in board.events(after=self._seen):
             self._seen = event["seq"]
             if event["event"] in ("failed", "stalled") and event.get("stream") in waiting:
                 raise SourceFailed(f"{event['stream']!r} is not whole: {event['error']}")
+
+
+def _ended() -> Unreachable:
+    return Unreachable("the daemon has ended: the streams are kept on with the next mount")
