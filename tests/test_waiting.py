@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -30,7 +30,7 @@ class _EndsAfter(Watch):
 
 class _Board:
     pid, changes, whole = 1, 1, True
-    facts: dict[str, Any] = {}
+    facts: ClassVar[dict[str, Any]] = {}
 
     def streams(self) -> list[dict[str, Any]]:
         return [ROW]
