@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -479,6 +480,25 @@ def test_keys_end_it(home: Home, key: str, interrupted: bool) -> None:
 def test_without_a_terminal_it_says_what_else_there_is(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["top"]) == 1
     assert capfd.readouterr() == ("", "streamfs: 'streamfs top' needs a terminal: 'streamfs status --watch' does not\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("streamfs top <&-", "needs a terminal: "),
+        ("TERM=dumb streamfs top", "TERM says"),
+        ("timeout 60 streamfs top", "timeout: with --foreground"),  # it would be stopped until that is over
+    ],
+)
+def test_in_a_terminal_that_is_no_use_to_it_it_says_so_in_one_line(tmp_path: Path, line: str, said: str) -> None:
+    spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(['sh', '-c', sys.argv[1]])))"
+    line = line.replace("streamfs", f"{shlex.quote(sys.executable)} -m streamfs")
+    environ = os.environ | {"STREAMFS_HOME": str(tmp_path), "TERM": "xterm"}
+    done = subprocess.run(
+        [sys.executable, "-c", spawn, line], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environ, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout.startswith(b"streamfs: ") and done.stdout.count(b"\n") == 1 and said.encode() in done.stdout
 
 
 def test_without_textual_it_says_how_to_get_it(tmp_path: Path) -> None:

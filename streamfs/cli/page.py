@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import signal
 import threading
 import time
@@ -646,7 +647,14 @@ class Page(App[None]):
 
 
 def run(home: Home) -> bool:
-    """Show the page until it is ended; True where Ctrl-C did that."""
+    """Show the page until it is ended; True where Ctrl-C did that.
+
+    The size is the terminal's own. textual prefers `COLUMNS` and `LINES` (Textualize/textual#6153), which are of
+    another time where they are handed on: by a program that uses readline, or by a shell told to export them. No new
+    size would ever be taken then.
+    """
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
     page = Page(home, Watch(home))
     page.run()
     return page.interrupted

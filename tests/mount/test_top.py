@@ -23,7 +23,9 @@ class Terminal:
     """A tmux of our own with one window, in which a command runs."""
 
     def __init__(self, folder: Path, environ: dict[str, str]) -> None:
-        self._environ = {**environ, "TMUX_TMPDIR": str(folder), "TERM": "xterm-256color"}
+        # A size that is of no terminal: what a program that uses readline (an interactive Python, say) hands on.
+        wrong = {"COLUMNS": "80", "LINES": "24"}
+        self._environ = {**environ, **wrong, "TMUX_TMPDIR": str(folder), "TERM": "xterm-256color"}
         self._environ.pop("TMUX", None)
 
     def tmux(self, *arguments: str, check: bool = True) -> str:
@@ -58,6 +60,9 @@ class Terminal:
 
     def keys(self, *keys: str) -> None:
         self.tmux("send-keys", *keys)
+
+    def resize(self, width: int, height: int) -> None:
+        self.tmux("resize-window", "-x", str(width), "-y", str(height))
 
     def close(self) -> None:
         self.tmux("kill-server", check=False)
@@ -100,7 +105,11 @@ def test_top_in_a_terminal_waits_for_a_daemon_and_shows_and_changes_its_streams(
         wait_for(lambda: fs.buffered("data") == 0, "e evicts")
         terminal.keys("d")
         terminal.wait("Remove data and its cached bytes?")
+        terminal.resize(30, 18)
+        terminal.wait("┏", "┓", "y  yes")  # all of the question
         terminal.keys("n")
+        terminal.resize(120, 40)
+        terminal.wait("data ", "AHEAD", "▼")  # all of the list
         wait_for(lambda: "Remove data" not in terminal.shown(), "the question is over")
         terminal.keys("d")
         terminal.wait("Remove data")
