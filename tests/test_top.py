@@ -19,6 +19,7 @@ from textual._compositor import LayoutUpdate
 from textual.containers import VerticalScroll
 from textual.pilot import Pilot
 from textual.widgets import Input, Static
+from textual.widgets._footer import FooterKey
 
 from streamfs.cli import maps
 from streamfs.cli.app import main
@@ -451,6 +452,36 @@ def test_a_new_size_counts_though_the_timer_that_passes_it_on_never_comes(home: 
         for width in (30, 50):
             await pilot.resize_terminal(width, 18)
             await until(pilot, lambda width=width: page._streams.size.width == width)
+
+    on_page(home, watch, act)
+
+
+def test_keys_in_the_footer_are_whole_though_they_were_laid_out_too_early(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a new size comes to a question while the footer behind it gets its keys anew."""
+    watch = Scripted(row(1, "a"), row(2, "b"))
+    early: list[FooterKey] = []
+    learn = FooterKey._watch_compact
+
+    async def act(pilot: Pilot[None], page: Page) -> None:
+        def widths() -> list[int]:
+            return [key.size.width for key in page.query(FooterKey)]
+
+        def lay_out_first(key: FooterKey, compact: bool) -> None:
+            if not compact:
+                page.screen._refresh_layout(page.size)
+                early.append(key)
+            learn(key, compact)
+
+        await until(pilot, lambda: page.shown == 2)
+        whole = widths()
+        await pilot.resize_terminal(60, 18)
+        with monkeypatch.context() as patched:
+            patched.setattr(FooterKey, "_watch_compact", lay_out_first)
+            page.screen.refresh_bindings()
+            await until(pilot, lambda: len(early) == len(whole))
+        await until(pilot, lambda: widths() == whole)
 
     on_page(home, watch, act)
 

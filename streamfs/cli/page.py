@@ -476,10 +476,13 @@ class Page(App[None]):
         self._settle()
 
     def _settle(self) -> None:
-        """Lay out and paint everything anew a little later. textual passes a new size on by a timer of 8 ms that never
-        comes where the machine is so busy that this time is over before it begins to wait, and passes none on after
-        that (seen: its timers skip what they are late for); and messages of a question that ends may meet those of the
-        new size in any order."""
+        """Lay out and paint everything anew a little later.
+
+        textual passes a new size on by a timer of 8 ms (Textualize/textual#6471) that never comes where that time is
+        over before it begins to wait, and passes none on after that. And a new size during a question lays out what is
+        behind it at any moment, as when the keys of the footer are new and not yet as wide as they will be; and that
+        width is remembered.
+        """
         if self._settling is not None:
             self._settling.cancel()
         self._settling = asyncio.get_running_loop().call_later(_SETTLED, self._settled)
@@ -489,6 +492,8 @@ class Page(App[None]):
             return
         for screen in self.screen_stack:
             screen.post_message(events.Resize(self.size, self.size))
+            for widget in screen.query("*"):
+                widget.refresh(layout=True)  # each forgets what it remembers of its size
         self.screen.refresh(layout=True)
 
     def _show(self) -> None:

@@ -106,10 +106,10 @@ def test_top_in_a_terminal_waits_for_a_daemon_and_shows_and_changes_its_streams(
         terminal.keys("d")
         terminal.wait("Remove data and its cached bytes?")
         terminal.resize(30, 18)
-        terminal.wait("┏", "┓", "y  yes")  # all of the question
+        terminal.wait("┏", "┓", "y  yes", "q quit")  # all of the question
         terminal.keys("n")
         terminal.resize(120, 40)
-        terminal.wait("data ", "AHEAD", "▼")  # all of the list
+        terminal.wait("data ", "AHEAD", "▼", "q quit")  # all of the list
         wait_for(lambda: "Remove data" not in terminal.shown(), "the question is over")
         terminal.keys("d")
         terminal.wait("Remove data")
