@@ -2,12 +2,18 @@
 
 Fresh memory is dear: filling a new piece costs about ten times as much as filling one that was touched before
 (1 against 11 GB/s where this was measured), so pieces go back to a free list and are handed out again.
+
+A piece is a mapping of its own: it begins at a page, as writing past the page cache (O_DIRECT) asks for, and goes back
+to the system when it is dropped, which pieces between other objects of the heap do not.
 """
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable
+
+Piece = mmap.mmap
 
 SMALL = 64 * 1024
 """Bytes of a small piece: the start of a stream and every far seek begin with these, so that thousands of slow
@@ -30,7 +36,7 @@ class Pool:
         self.budget = budget
         self.on_give = on_give
         self._lock = threading.Lock()
-        self._free: dict[int, list[bytearray]] = {SMALL: [], LARGE: []}  # GUARDED_BY _lock
+        self._free: dict[int, list[Piece]] = {SMALL: [], LARGE: []}  # GUARDED_BY _lock
         self._used = 0  # GUARDED_BY _lock. INVARIANT: _idle is 0 where _used is past the budget
         self._idle = 0  # GUARDED_BY _lock
 
@@ -39,7 +45,7 @@ class Pool:
         """Bytes in pieces that are handed out."""
         return self._used
 
-    def take(self, size: int, *, beyond: bool = False) -> bytearray | None:
+    def take(self, size: int, *, beyond: bool = False) -> Piece | None:
         """A piece of `size` (SMALL or LARGE) bytes with undefined content; None where the budget is spent, unless
         the caller may go `beyond` it."""
         with self._lock:
@@ -52,9 +58,9 @@ class Pool:
                 return None
             self._shed(self._used + self._idle + size - self.budget)
             self._used += size
-        return bytearray(size)
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
-    def give(self, *pieces: bytearray) -> None:
+    def give(self, *pieces: Piece) -> None:
         """Hand pieces back; the caller keeps no view of them."""
         with self._lock:
             for piece in pieces:

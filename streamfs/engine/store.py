@@ -11,7 +11,7 @@ from bisect import bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from streamfs.engine.pool import LARGE, SMALL, Pool
+from streamfs.engine.pool import LARGE, SMALL, Piece, Pool
 from streamfs.engine.recording import Extent, Recording
 
 _SMALL_PIECES_FIRST = 4 * SMALL
@@ -27,7 +27,7 @@ class Segment:
 
     __slots__ = ("age", "base", "capacity", "filled", "lent", "piece", "sealed", "spilling", "start")
 
-    def __init__(self, start: int, piece: bytearray, capacity: int) -> None:
+    def __init__(self, start: int, piece: Piece, capacity: int) -> None:
         self.start = start
         self.piece = piece
         self.base = 0  # where in the piece `start` rests; moves when bytes went to disk under the writer's hands
