@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections import deque
 from collections.abc import Callable
 
 Piece = mmap.mmap
@@ -36,9 +37,10 @@ class Pool:
         self.budget = budget
         self.on_give = on_give
         self._lock = threading.Lock()
-        self._free: dict[int, list[Piece]] = {SMALL: [], LARGE: []}  # GUARDED_BY _lock
+        self._free: dict[int, deque[Piece]] = {SMALL: deque(), LARGE: deque()}  # GUARDED_BY _lock
         self._used = 0  # GUARDED_BY _lock. INVARIANT: _idle is 0 where _used is past the budget
         self._idle = 0  # GUARDED_BY _lock
+        self._unneeded = 0  # GUARDED_BY _lock. Bytes that were idle all the time since the last trim
 
     @property
     def used(self) -> int:
@@ -52,6 +54,7 @@ class Pool:
             free = self._free[size]
             if free:
                 self._idle -= size
+                self._unneeded = min(self._unneeded, self._idle)
                 self._used += size
                 return free.pop()
             if self._used + size > self.budget and not beyond:
@@ -78,13 +81,15 @@ class Pool:
             return not self._free[LARGE] and self._used + LARGE > self.budget
 
     def trim(self) -> None:
-        """Return all idle memory to the system."""
+        """Return the memory to the system that nobody has asked for since the last call."""
         with self._lock:
-            self._shed(self._idle)
+            self._shed(self._unneeded)
+            self._unneeded = self._idle
 
     def _shed(self, excess: int) -> None:
         while excess > 0 and self._idle:
             size = LARGE if self._free[LARGE] else SMALL
-            self._free[size].pop()
+            self._free[size].popleft()
             self._idle -= size
             excess -= size
+        self._unneeded = min(self._unneeded, self._idle)

@@ -1,3 +1,7 @@
+import ctypes
+import mmap
+import weakref
+
 import pytest
 
 from streamfs.engine.pool import LARGE, SMALL, Pool
@@ -32,12 +36,27 @@ def test_idle_pieces_make_place_for_pieces_of_the_other_size():
     assert pool.take(SMALL) is None
 
 
-def test_trim_lets_idle_memory_go():
-    pool = Pool(LARGE)
-    piece = pool.take(SMALL)
-    pool.give(piece)
+def test_trim_lets_memory_go_that_was_idle_since_the_trim_before():
+    pool = Pool(2 * LARGE)
+    used, idle = pool.take(SMALL), pool.take(SMALL)
+    lost = weakref.ref(idle)
+    pool.give(idle, used)
+    del idle
+    pool.trim()  # just given back: it may be asked for again
+    assert lost() is not None
+    assert pool.take(SMALL) is used
+    pool.give(used)
     pool.trim()
-    assert pool.take(SMALL) is not piece
+    assert lost() is None
+    assert pool.take(SMALL) is used
+    pool.give(used)
+
+
+def test_pieces_begin_at_a_page():
+    pool = Pool(2 * LARGE)
+    for size in (SMALL, LARGE):
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pool.take(size)))
+        assert address % mmap.PAGESIZE == 0
 
 
 def test_a_budget_that_holds_no_piece_is_refused():

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.mounted import Mounted, checked, wait_for
+from streamfs.control.client import Client
+from tests.mount.mounted import Mounted, Tap, checked, wait_for
 from tests.mount.origin import ScriptedOrigin
 
 MIB = 1 << 20
@@ -83,6 +84,31 @@ def test_memory_stays_within_the_budget_while_many_streams_are_read(unmounted: M
         assert output.split()[0] == expected
     # Over the budget: what twenty processes, their pipes' buffers and the allocator cost.
     assert resident(pid, "VmHWM") <= before + (64 + 48) * MIB
+
+
+def _heap_size(pid: int) -> int:
+    """Bytes of address space that a process's heap takes."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    places = [line.split()[0].split("-") for line in lines if line.endswith("[heap]")]
+    return sum(int(stop, 16) - int(start, 16) for start, stop in places)
+
+
+def test_reads_that_wait_keep_no_memory_each(unmounted: Mounted, tap: Tap) -> None:
+    """libfuse gives each a buffer of a MiB, of which it fills a page."""
+    readers = 96
+    pid = unmounted.mount("--memory", "16MiB")
+    path = unmounted.add("silent", *tap.argv)
+    with Client(unmounted.home / "run" / "control.sock") as client:
+        rest = client.call("ping")["tasks"]
+        for _ in range(3):  # a round begins with what the one before it has given back
+            waiting = [unmounted.start(["cat", path]) for _ in range(readers)]
+            wait_for(lambda: client.call("ping")["tasks"] >= rest + readers, "all of them wait")
+            for reader in waiting:
+                reader.kill()
+            for reader in waiting:
+                reader.wait()
+            wait_for(lambda: client.call("ping")["tasks"] < rest + readers // 2, "none waits")
+    assert _heap_size(pid) < readers // 2 * MIB
 
 
 @pytest.fixture
