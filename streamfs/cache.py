@@ -39,6 +39,10 @@ a disk's pauses without starving other streams of memory."""
 ROOMY, ROOMY_FOR = 4 << 30, 0.25
 """A disk that had ROOMY bytes to spare is not asked again for so many seconds, in which no disk takes as much: each
 question is a hop to a thread, and would come once for every step of spilling."""
+ROOMY_CACHE = 256 * 1024 * 1024
+"""A quota of so many bytes is not felt where a step takes LARGE_BATCH."""
+LARGE_BATCH = 16 * 1024 * 1024
+"""Most bytes of one step of spilling where the disk is behind: half of BACKLOG, so that a fetch goes on meanwhile."""
 FREE_FLOOR = 64 * 1024 * 1024
 """Bytes the cache leaves free on its file system, so that it is never the one that fills the disk to the brim."""
 DISK_RETRY = 5.0
@@ -609,7 +613,7 @@ class Cache:
         """Move some of the generation's bytes out of memory; False where none could be."""
         pressed = bool(self._waiting) and self.pool.take_fails()
         sealing = pressed or (bool(self._sharing) and not generation.buffer.refetchable)
-        most = min(generation.buffer.memory, SPILL_BATCH)  # it may grow while room is made
+        most = self._batch(generation)  # it may grow while room is made
         try:
             async with self._room_to_spill(generation, most + LARGE) as ahead:
                 if ahead is not None:
@@ -624,15 +628,24 @@ class Cache:
         # waiting for the rest.
         return pressed and generation.buffer.forget_memory(LARGE, all_of_it=True) > 0
 
+    def _batch(self, generation: Cached) -> int:
+        """Bytes for one step of spilling. Each costs some turns of trio, so that more go at once where the disk is
+        behind, unless so many would matter to the quota or the disk."""
+        behind = generation.buffer.memory - self.spill_threshold
+        roomy = time.monotonic() < self._roomy_until and (self.size is None or self.size >= ROOMY_CACHE)
+        most = max(SPILL_BATCH, min(behind, LARGE_BATCH)) if roomy else SPILL_BATCH
+        return min(generation.buffer.memory, most)
+
     @staticmethod
     def _spill(buffer: Buffer, most: int, sealing: bool) -> int:
         return buffer.spill(most) or (buffer.spill(most, all_of_it=True) if sealing else 0)
 
     async def _give_recording(self, generation: Cached, ahead: int) -> None:
         """Raises OSError."""
-        async with self._creating:  # two of one name would take each other's files away
-            if generation.buffer.recording is None and not generation.buffer.doomed:
-                await self._create(generation)
+        if generation.buffer.recording is None:
+            async with self._creating:  # two of one name would take each other's files away
+                if generation.buffer.recording is None and not generation.buffer.doomed:
+                    await self._create(generation)
         recording = generation.buffer.recording
         if recording is not None:
             recording.ahead = ahead
@@ -656,7 +669,7 @@ class Cache:
         """For the block's time the quota and the disk have room for `step` more bytes, taken from others if need be,
         and nobody else is promised the same. Gives how many bytes may be allocated ahead besides; None: there is no
         room."""
-        async with self._promising:
+        async with _held(self._promising):
             ahead = None if generation.buffer.doomed else await self._admit(generation, step)
             promised = 0 if ahead is None else step + ahead
             self._promised += promised
@@ -781,6 +794,7 @@ class Cache:
         while True:
             await trio.sleep(max(min(self.ttl / _TTL_CHECKS, _TTL_CHECK_EVERY), took * _TTL_SHARE, 0.1))
             began = time.monotonic()
+            self.pool.trim()
             try:
                 self.expire(began)
             except Exception:  # a defect in one generation's end must not end the daemon
@@ -804,6 +818,19 @@ class Cache:
     def _evict_dormant(self, stream_id: int) -> None:
         self.forget_dormant(stream_id)
         self.news.tell("evicted", stream_id)
+
+
+@asynccontextmanager
+async def _held(lock: trio.Lock) -> AsyncIterator[None]:
+    """Without a turn of trio where nobody else holds it."""
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _too_many_files() -> TooManyFiles:

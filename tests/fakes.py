@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -166,3 +167,13 @@ def read_terminal(ours: int) -> bytes:
             shown += piece
     os.close(ours)
     return shown
+
+
+def has_direct_writes(folder: Path) -> bool:
+    """Whether files in `folder` can be written past the page cache."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            os.close(os.open(probe.name, os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True

@@ -25,7 +25,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,9 +56,20 @@ PAGES_STAY = 16 * 1024 * 1024
 """Bytes written last whose pages stay in the kernel's memory even where nobody is expected to read them: the disk is
 still writing them, and only what is written can be let go. A guess at what disks take in a tenth of a second."""
 _PAGES_FOLLOWED = 256 * 1024 * 1024  # bytes of pages that wait to be let go; of what is past that the kernel takes care
+DIRECT = 4096
+"""Bytes that a write past the page cache (O_DIRECT) must be a multiple of, in length, offset and address: the largest
+block of disks in use."""
+_NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.EMFILE, errno.ENFILE, errno.ENOENT}
+"""What such writes answer where they cannot be: the file system has none, the disk's blocks are larger, the bytes do
+not lie at a page, no descriptor is left, there is no /proc."""
 _HINTS_OVER, _HINT_PATIENCE = 64 * 1024 * 1024, 0.5
 """Over so many bytes hints may take so many seconds. A disk that keeps them waiting longer may be slower than what
 comes in: then the kernel takes in as much as it likes, and no hints are given for the next _PAGES_FOLLOWED bytes."""
+
+
+_KEEP_LOCK = 0
+"""For crc32c: it keeps the interpreter's lock. A block takes it 3 microseconds; a thread that has given the lock up may
+wait for it a thousand times as long."""
 
 
 class DamagedExtent(Exception):
@@ -79,8 +90,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     facts: msgspec.Raw = msgspec.Raw(b"{}")
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     start: int
     stop: int
     crc: int
@@ -244,27 +254,64 @@ class Recording:
         extents: list[Extent] = []
         self.durable = False
         left = self.ahead
-        for offset, view in runs:
-            left -= self._allocate(offset, len(view), left)
-            _pwrite_all(self._data.fd, view, offset)
-            position = 0
-            while position < len(view):
-                start = offset + position
-                length = min(BLOCK - start % BLOCK, len(view) - position)
-                crc = self._crc(start, view[position : position + length])
-                extents.append(Extent(start, start + length, crc))
-                position += length
+        paged: list[tuple[int, int]] = []  # (start, stop) of what the kernel has pages of
+        for offset, views in _stretches(runs):
+            stop = offset + sum(map(len, views))
+            left -= self._allocate(offset, stop - offset, left)
+            done = self._write_direct(offset, views) if stop <= self.passed and not self._unhinted else offset
+            if done < stop:
+                paged.append((done, stop))
+            for view in views:
+                if done < offset + len(view):
+                    skipped = max(0, done - offset)
+                    _pwrite_all(self._data.fd, view[skipped:], offset + skipped)
+                extents += self._extents_of(offset, view)
+                offset += len(view)
         self.log_drops()
         self._log([(e.start, e.stop - e.start, e.crc, _DATA) for e in extents])
         if self.passed:
-            self._let_pages_go(runs)
+            self._let_pages_go(paged)
         return extents
 
-    def _let_pages_go(self, runs: Sequence[tuple[int, memoryview]]) -> None:
+    def _extents_of(self, start: int, view: memoryview) -> Iterator[Extent]:
+        done = 0
+        while done < len(view):
+            end = min(done + BLOCK - (start + done) % BLOCK, len(view))
+            yield Extent(start + done, start + end, self._crc(start + done, view[done:end]))
+            done = end
+
+    def _write_direct(self, start: int, views: Sequence[memoryview]) -> int:
+        """Write past the page cache, where no reader is expected: the kernel would find pages, fill them and let them
+        go again for nothing, which costs more than all else that is done with a byte. Gives how far it came, in whole
+        blocks; the rest is to go the usual way. Raises OSError."""
+        views = [] if start % DIRECT else list(takewhile(_is_whole, views))
+        if not views:
+            return start
+        began = time.monotonic()
+        try:
+            # The file itself: somebody may have put another in the place of its name.
+            direct = _File(f"/proc/self/fd/{self._data.fd}", os.O_WRONLY | os.O_DIRECT)
+            done = os.pwritev(direct.fd, views, start)
+        except OSError as error:
+            if error.errno in _NOT_DIRECT:
+                return start
+            raise
+        self._took(done, time.monotonic() - began)
+        return start + done - done % DIRECT
+
+    def _took(self, count: int, seconds: float) -> None:
+        """A hint, or a write that waits for the disk, has taken so long: on a slow one there are none for a while."""
+        self._hinted += count
+        self._hint_seconds += seconds
+        if self._hinted >= _HINTS_OVER:
+            self._unhinted = _PAGES_FOLLOWED if self._hint_seconds > _HINT_PATIENCE else 0
+            self._hinted, self._hint_seconds = 0, 0.0
+
+    def _let_pages_go(self, paged: Iterable[tuple[int, int]]) -> None:
         """The kernel keeps what is written in memory until that is short. Where it is never read that costs dearly:
         each page is a fresh one. So it is told to begin writing at once, and a while later to let go of what readers
         have passed. Only hints: a refusal changes nothing."""
-        written = _joined((offset, offset + len(view)) for offset, view in runs)
+        written = _joined(paged)
         total = sum(stop - start for start, stop in written)
         self._pages.extend(written)
         self._paged += total
@@ -278,11 +325,7 @@ class Recording:
         for start, stop in leaving:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self._data.fd, start, stop - start, os.POSIX_FADV_DONTNEED)
-        self._hint_seconds += time.monotonic() - began
-        self._hinted += total
-        if self._hinted >= _HINTS_OVER:
-            self._unhinted = _PAGES_FOLLOWED if self._hint_seconds > _HINT_PATIENCE else 0
-            self._hinted, self._hint_seconds = 0, 0.0
+        self._took(total, time.monotonic() - began)
 
     def _leaving_pages(self) -> Iterator[tuple[int, int]]:
         """What of the pages has had time to be written and was passed by all readers: they are followed no longer."""
@@ -390,13 +433,13 @@ class Recording:
     # The table of extents, under the owner's lock
 
     def publish(self, extents: Sequence[Extent]) -> None:
-        for extent in extents:
+        for start, stop, crc in extents:
             at = len(self._starts)
-            if at and self._starts[at - 1] > extent.start:
-                at = bisect_left(self._starts, extent.start)
-            self._starts.insert(at, extent.start)
-            self._stops.insert(at, extent.stop)
-            self._crcs.insert(at, extent.crc)
+            if at and self._starts[at - 1] > start:
+                at = bisect_left(self._starts, start)
+            self._starts.insert(at, start)
+            self._stops.insert(at, stop)
+            self._crcs.insert(at, crc)
 
     def extents(self, start: int, stop: int) -> list[Extent]:
         """The extents that overlap start..stop, in order."""
@@ -506,7 +549,7 @@ class Recording:
         return True
 
     def _crc(self, offset: int, data: memoryview) -> int:
-        return crc32c(data, crc32c(offset.to_bytes(8, "little"), self._seed))
+        return crc32c(data, crc32c(offset.to_bytes(8, "little"), self._seed), _KEEP_LOCK)
 
     def _entry_check(self, offset: int, length: int, crc: int, kind: int) -> int:
         # Seeded, so that an entry of a removed index that the file system let show through is none of ours.
@@ -612,6 +655,23 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _is_whole(view: memoryview) -> bool:
+    return len(view) % DIRECT == 0
+
+
+def _stretches(runs: Iterable[tuple[int, memoryview]]) -> list[tuple[int, list[memoryview]]]:
+    """Runs of (offset, bytes); those that follow one another as one."""
+    found: list[tuple[int, list[memoryview]]] = []
+    end = -1
+    for offset, view in runs:
+        if offset == end:
+            found[-1][1].append(view)
+        else:
+            found.append((offset, [view]))
+        end = offset + len(view)
+    return found
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from streamfs.engine import recording
+from streamfs.engine.recording import DIRECT
 from tests.crash.life import Claims, Life, check
 
-CALLS = ("open", "write", "pwrite", "fsync", "ftruncate", "unlink", "posix_fallocate")
+CALLS = ("open", "write", "pwrite", "pwritev", "fsync", "ftruncate", "unlink", "posix_fallocate")
 MOST_CALLS = 60  # a life is killed at one of so many calls
 LONGEST = 0.01  # seconds, for kills by the clock
 ROUNDS = 4  # kills and restarts over one folder
@@ -57,6 +58,10 @@ class Fault:
         if self._when == "torn" and name in ("write", "pwrite"):
             fd, data, *rest = arguments
             real(fd, memoryview(data)[: self._random.randrange(len(data))], *rest)
+        elif self._when == "torn" and name == "pwritev":
+            fd, views, offset = arguments
+            whole = self._random.randrange(len(views[0]) // DIRECT) * DIRECT
+            real(fd, [views[0][:whole]], offset)
         elif self._when == "after":
             with contextlib.suppress(OSError):  # a name that was not there to be unlinked
                 real(*arguments)

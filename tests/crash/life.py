@@ -94,7 +94,7 @@ class Life:
         doing()
 
     def _bring(self, position: int | None = None, most: int | None = None) -> None:
-        at = self._random.randrange(SIZE) if position is None else position
+        at = self._random.choice([self._random.randrange(SIZE), 0, BLOCK]) if position is None else position
         writer = self._buffer.writer(at)
         left = self._random.choice([100, 3000, BLOCK, SIZE]) if most is None else most
         while left and not writer.met:
@@ -107,6 +107,9 @@ class Life:
         writer.close()
 
     def _spill(self) -> None:
+        recording = self._buffer.recording
+        assert recording is not None
+        recording.passed = self._random.choice([0, SIZE, SIZE, SIZE])  # through the page cache, or past it
         self._buffer.spill(self._random.choice([1, BLOCK, SIZE]), all_of_it=True)
         self._claim()
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+_DESCRIPTORS = Path("/proc/self/fd")
+
 
 class PowerCut(BaseException):
     """The machine stops here. Not an Exception: no code of ours may handle it."""
@@ -110,6 +112,12 @@ class Disk:
 
     def _open(self, real: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
         path, flags = Path(arguments[0]), arguments[1]
+        if path.parent == _DESCRIPTORS:  # opened once more
+            again: int = real(*arguments)
+            self._opened.pop(again, None)
+            if int(path.name) in self._opened:
+                self._opened[again] = self._opened[int(path.name)]
+            return again
         if path != self.folder and path.parent != self.folder:
             fd: int = real(*arguments)
             self._opened.pop(fd, None)
@@ -155,6 +163,8 @@ class Disk:
             file.write(position, bytes(arguments[1][:result]))
         elif name == "pwrite":
             file.write(arguments[2], bytes(arguments[1][:result]))
+        elif name == "pwritev":
+            file.write(arguments[2], b"".join(arguments[1])[:result])
         elif name == "ftruncate":
             file.resize(arguments[1])
         elif name == "posix_fallocate":

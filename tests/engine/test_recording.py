@@ -1,6 +1,9 @@
 import errno
+import fcntl
 import gc
+import mmap
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,8 @@ from crc32c import crc32c
 
 from streamfs.engine import recording as recording_module
 from streamfs.engine.ranges import RangeSet
-from streamfs.engine.recording import BLOCK, DamagedExtent, Extent, Header, Recording, disk_bytes
-from tests.fakes import flip_byte, named_bytes
+from streamfs.engine.recording import BLOCK, DIRECT, DamagedExtent, Extent, Header, Recording, disk_bytes
+from tests.fakes import flip_byte, has_direct_writes, named_bytes
 
 SIZE = 5 * BLOCK + 1234
 DATA = named_bytes("recording", 7, SIZE)
@@ -603,7 +606,9 @@ def test_far_offsets_are_sparse_on_disk(path):
 
 @pytest.fixture
 def advised(monkeypatch) -> list[tuple[int, int]]:
-    """Small steps, and patience; gives where the kernel was told to let pages go, as (start, stop)."""
+    """Small steps, patience, and a disk that is written through pages; gives where the kernel was told to let pages go,
+    as (start, stop)."""
+    monkeypatch.setattr(recording_module, "DIRECT", 1 << 62)
     monkeypatch.setattr(recording_module, "PAGES_STAY", 4 * BLOCK)
     monkeypatch.setattr(recording_module, "_HINT_PATIENCE", float("inf"))
     told: list[tuple[int, int]] = []
@@ -702,3 +707,124 @@ def test_a_refused_hint_costs_no_byte(path, advised, monkeypatch):
     recording.passed = 1 << 62
     data = append_blocks(recording, 12)
     assert get(recording, 0, 12 * BLOCK) == data
+
+
+def paged_memory(data: bytes, shift: int = 0) -> memoryview:
+    """As the pool's pieces are: it begins at a page, or `shift` bytes behind one."""
+    memory = memoryview(mmap.mmap(-1, len(data) + shift))[shift:]
+    memory[:] = data
+    return memory
+
+
+@pytest.fixture
+def direct(path, monkeypatch) -> list[tuple[int, int, int]]:
+    """Gives what was written past the page cache, as (offset, bytes asked, bytes written)."""
+    written: list[tuple[int, int, int]] = []
+    real = os.pwritev
+
+    def pwritev(fd: int, views: list[memoryview], offset: int) -> int:
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+        count = real(fd, views, offset)
+        written.append((offset, sum(map(len, views)), count))
+        return count
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    if not has_direct_writes(path.parent):
+        pytest.skip("this file system has no writes past the page cache")
+    return written
+
+
+def test_what_readers_have_passed_is_written_past_the_page_cache(path, direct):
+    recording = Recording.create(path, HEADER)
+    recording.passed = 4 * BLOCK
+    data = named_bytes("direct", 7, 6 * BLOCK)
+    memory = paged_memory(data)
+    recording.publish(recording.append([(at, memory[at : at + BLOCK]) for at in range(0, 4 * BLOCK, BLOCK)]))
+    recording.publish(recording.append([(4 * BLOCK, memory[4 * BLOCK :])]))  # a reader is still to come here
+    assert direct == [(0, 4 * BLOCK, 4 * BLOCK)]
+    assert get(recording, 0, 6 * BLOCK) == data
+    assert path.read_bytes()[: len(data)] == data
+    assert get(Recording.load(path), 0, 6 * BLOCK) == data
+
+
+def test_pages_written_through_the_cache_and_past_it_make_one_file(path, direct):
+    """Runs of all kinds side by side: odd lengths, odd offsets, odd addresses, bytes written over those of before."""
+    recording = Recording.create(path, HEADER)
+    recording.passed = 1 << 62
+    data = named_bytes("mixed", 7, 8 * BLOCK)
+    old = paged_memory(named_bytes("old", 7, 8 * BLOCK))
+    recording.publish(recording.append([(0, old[: 2 * BLOCK])]))
+    assert get(recording, 0, 2 * BLOCK) == bytes(old[: 2 * BLOCK])  # its pages are in memory now
+    recording.drop(0, 2 * BLOCK)
+    edges = [0, BLOCK, BLOCK + 100, 2 * BLOCK, 2 * BLOCK + DIRECT, 4 * BLOCK, 4 * BLOCK + 1, 5 * BLOCK, 8 * BLOCK]
+    for number, (start, stop) in enumerate(pairwise(edges)):
+        shift = 0 if number % 2 else start % DIRECT
+        recording.publish(recording.append([(start, paged_memory(data[start:stop], shift))]))
+    assert get(recording, 0, 8 * BLOCK) == data
+    assert path.read_bytes()[: len(data)] == data
+    assert {asked % DIRECT for _, asked, _ in direct} == {0}
+    assert len(direct) >= 4
+
+
+def test_a_write_past_the_cache_that_is_cut_short_goes_on_the_usual_way(path, direct, monkeypatch):
+    pwritev = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, views, offset: pwritev(fd, [views[0][: 3 * DIRECT]], offset))
+    recording = Recording.create(path, HEADER)
+    recording.passed = 1 << 62
+    data = named_bytes("short", 7, 4 * BLOCK)
+    memory = paged_memory(data)
+    recording.publish(recording.append([(at, memory[at : at + BLOCK]) for at in range(0, 4 * BLOCK, BLOCK)]))
+    assert direct == [(0, 3 * DIRECT, 3 * DIRECT)]
+    assert get(recording, 0, 4 * BLOCK) == data
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP, errno.EMFILE])
+def test_where_there_are_no_writes_past_the_cache_the_usual_ones_serve(path, monkeypatch, error):
+    def refuse(*_: object) -> int:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    recording = Recording.create(path, HEADER)
+    recording.passed = 1 << 62
+    data = named_bytes("refused", 7, 4 * BLOCK)
+    recording.publish(recording.append([(0, paged_memory(data))]))
+    assert get(recording, 0, 4 * BLOCK) == data
+
+
+def test_a_full_disk_is_told_also_past_the_cache(path, direct, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwritev", full)
+    recording = Recording.create(path, HEADER)
+    recording.passed = 1 << 62
+    with pytest.raises(OSError, match="full"):
+        recording.append([(0, paged_memory(bytes(BLOCK)))])
+    assert recording.empty
+
+
+def test_a_disk_that_takes_long_is_written_through_the_cache_for_a_while(path, direct, monkeypatch):
+    """The kernel then takes in as much as it likes, and what comes in does not wait for the disk."""
+    monkeypatch.setattr(recording_module, "_PAGES_FOLLOWED", 3 * BLOCK)
+    monkeypatch.setattr(recording_module, "_HINTS_OVER", 2 * BLOCK)
+    monkeypatch.setattr(recording_module, "_HINT_PATIENCE", -1)  # every disk takes longer
+    recording = Recording.create(path, HEADER)
+    recording.passed = 1 << 62
+    data = named_bytes("slow", 7, 10 * BLOCK)
+    memory = paged_memory(data)
+    for at in range(0, 10 * BLOCK, BLOCK):
+        recording.publish(recording.append([(at, memory[at : at + BLOCK])]))
+    assert [offset // BLOCK for offset, _, _ in direct] == [0, 1, 5, 9]
+    assert get(recording, 0, 10 * BLOCK) == data
+
+
+def test_a_file_that_took_the_recordings_name_is_never_written(path, direct):
+    recording = Recording.create(path, HEADER)
+    recording.passed = 1 << 62
+    path.unlink()
+    path.write_bytes(b"somebody else's")
+    data = named_bytes("moved", 7, 2 * BLOCK)
+    recording.publish(recording.append([(0, paged_memory(data))]))
+    assert direct
+    assert path.read_bytes() == b"somebody else's"
+    assert get(recording, 0, 2 * BLOCK) == data
