@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 WAIT = 30.0
 """Seconds after which a test that waits for an event has failed."""
 
@@ -177,3 +179,9 @@ def has_direct_writes(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def refuse_writes(patch: pytest.MonkeyPatch, refuse: Callable[..., int]) -> None:
+    """Every write to a recording's data is `refuse` from now on, whichever way it goes."""
+    for name in ("pwrite", "pwritev"):
+        patch.setattr(os, name, refuse)

@@ -21,7 +21,7 @@ from streamfs.engine.buffer import SPILL_BATCH
 from streamfs.engine.recording import Header, Recording
 from streamfs.errors import Closed, NoSpace, TooManyFiles
 from streamfs.stream import Stream
-from tests.fakes import named_bytes
+from tests.fakes import named_bytes, refuse_writes
 from tests.sourcefakes import KIB, MIB, Origin, a_house, settled, until
 from tests.test_generation import check, read_all
 
@@ -286,7 +286,7 @@ def make_useless(how: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> 
     if how == "removed":
         shutil.rmtree(directory)
     else:
-        monkeypatch.setattr(os, "pwrite", refuse(errno.ENOSPC if how == "full" else errno.EROFS))
+        refuse_writes(monkeypatch, refuse(errno.ENOSPC if how == "full" else errno.EROFS))
 
 
 HOWS = ["removed", "full", "read-only"]

@@ -22,6 +22,7 @@ from streamfs.engine.pool import LARGE, SMALL, Pool
 from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.errors import NoSpace
 from streamfs.stream import Handle, Stream
+from tests.fakes import refuse_writes
 from tests.sourcefakes import KIB, MIB, Origin, a_house, until
 from tests.test_generation import check, read_all
 
@@ -53,7 +54,7 @@ class Watch:
         self._guard = threading.Lock()
         for name in ("take", "give"):
             patch.setattr(Pool, name, self._after(getattr(Pool, name), self._look_at_memory))
-        for name in ("pwrite", "write", "posix_fallocate"):
+        for name in ("pwrite", "pwritev", "write", "posix_fallocate"):
             patch.setattr(os, name, self._after(getattr(os, name), self._look_at_disk))
 
     def _after(self, method: Callable[..., Any], look: Callable[[Any], None]) -> Callable[..., Any]:
@@ -188,7 +189,7 @@ async def test_a_stream_whose_bytes_can_go_nowhere_is_alone_in_getting_no_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with a_house(tmp_path, spill_threshold=MIB, memory=16 * MIB) as house:
-        monkeypatch.setattr(os, "pwrite", refusing(errno.ENOSPC))
+        refuse_writes(monkeypatch, refusing(errno.ENOSPC))
         hog = Origin("hog", size=64 * MIB, ranged=False, piece=MIB)
         greedy = await house.stream(hog, command=True).open()
         with trio.fail_after(20):

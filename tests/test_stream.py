@@ -23,6 +23,7 @@ from streamfs.errors import (
     StreamfsError,
 )
 from streamfs.stream import REVALIDATE, Stream
+from tests.fakes import refuse_writes
 from tests.sourcefakes import KIB, MIB, FakeSource, House, Origin, a_house, settled, until
 from tests.test_generation import check, read_all
 
@@ -577,7 +578,7 @@ async def test_persisting_on_a_disk_that_takes_nothing_pauses_between_attempts(
         def refuse(*_: object) -> int:
             raise OSError(30, "Read-only file system")
 
-        monkeypatch.setattr("os.pwrite", refuse)
+        refuse_writes(monkeypatch, refuse)
         stream = house.stream(origin)
         persist(house, stream)
         await trio.sleep(0.6)
