@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -47,6 +48,9 @@ log = logging.getLogger(__name__)
 
 MAX_TASKS = 100_000
 """Requests in progress at a time. At pyfuse3's default of 99, that many blocked readers would freeze the mount."""
+START_PATIENCE = 120.0
+"""Seconds that `mount` waits until its daemon's mount answers: a catalogue of 100,000 streams takes one, a disk that
+spins up ten."""
 LOCK_WAIT = 5.0
 """Seconds to wait for a command that changes the catalogue just now."""
 EVENTS_NAME = "events.json"
@@ -116,7 +120,11 @@ def _start_in_background(home: Home, lock: HomeLock, mountpoint: Path, options: 
     os.close(telling)
     os.waitpid(child, 0)  # the first child only forks again
     lock.abandon()
-    with open(listening, "rb") as pipe:
+    with open(listening, "rb", buffering=0) as pipe:
+        if not select.select([pipe], [], [], START_PATIENCE)[0]:
+            raise StreamfsError(
+                f"the mount has not answered for {START_PATIENCE:g} s; the daemon goes on trying: see {home.log_path}"
+            )
         answer = pipe.read()
     if answer == b"ready\n":
         return 0

@@ -22,11 +22,13 @@ from streamfs.manifests.names import named, part_of
 from streamfs.manifests.reading import parse, recognise
 from streamfs.options import FILES
 from streamfs.sources.addresses import is_private_name
-from streamfs.sources.base import Source
+from streamfs.sources.base import Body, Source
 from streamfs.sources.http import HttpSource
 from streamfs.spec import CommandSource, Registration, ShellSource, StreamSpec, UrlSource, check_spec, redact_url
 
 MOST_BYTES = 128 << 20  # of one list or feed
+MOST_SECONDS = 600.0
+"""For one list or feed: MOST_BYTES at 220 KB/s. A server that drips never stalls, and would never end."""
 FEEDS_AT_A_TIME = 8
 
 
@@ -53,22 +55,29 @@ class Found:
 
 
 async def download(opener: Opener, url: str) -> tuple[bytes, str]:
-    """All bytes of `url`, and the URL that it led to. Raises StreamfsError; SourceFailed past MOST_BYTES."""
+    """All bytes of `url`, and the URL that it led to. Raises StreamfsError; SourceFailed past MOST_BYTES, and past
+    MOST_SECONDS."""
     source = opener(url)
     try:
-        body = await source.open(0, None, None)
-        try:
-            data = bytearray()
-            piece = memoryview(bytearray(256 << 10))
-            while count := await body.receive_into(piece):
-                data += piece[:count]
-                if len(data) > MOST_BYTES:
-                    raise SourceFailed(f"{redact_url(url)} is longer than the {MOST_BYTES >> 20} MiB of a list")
-            return bytes(data), source.landed if isinstance(source, HttpSource) else url
-        finally:
-            await body.aclose()
+        with trio.move_on_after(MOST_SECONDS):
+            body = await source.open(0, None, None)
+            try:
+                return await _read_all(body, url), source.landed if isinstance(source, HttpSource) else url
+            finally:
+                await body.aclose()
+        raise SourceFailed(f"{redact_url(url)} did not come within {MOST_SECONDS:g} s")
     finally:
         await source.aclose()
+
+
+async def _read_all(body: Body, url: str) -> bytes:
+    data = bytearray()
+    piece = memoryview(bytearray(256 << 10))
+    while count := await body.receive_into(piece):
+        data += piece[:count]
+        if len(data) > MOST_BYTES:
+            raise SourceFailed(f"{redact_url(url)} is longer than the {MOST_BYTES >> 20} MiB of a list")
+    return bytes(data)
 
 
 async def gather(

@@ -511,9 +511,11 @@ def test_save_replaces_a_file_and_follows_a_link(
 ) -> None:
     (tmp_path / "mnt/a").write_bytes(b"new")
     (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "target").chmod(0o600)
     (tmp_path / "link").symlink_to(tmp_path / "target")
     ok("save", "a", "link", capfd=capfd)
     assert (tmp_path / "target").read_bytes() == b"new"
+    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o600  # what was private stays so
     assert (tmp_path / "link").is_symlink()
 
 

@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 
 from streamfs.errors import InvalidRequest, SourceFailed
-from streamfs.importing import FEEDS_AT_A_TIME, MOST_BYTES, Found, Rules, download, gather
+from streamfs.importing import FEEDS_AT_A_TIME, MOST_BYTES, MOST_SECONDS, Found, Rules, download, gather
 from streamfs.sources.base import Body, Facts, Source
 from streamfs.sources.credentials import resolved
 
@@ -180,6 +182,25 @@ async def test_a_list_without_an_end_is_given_up() -> None:
     with pytest.raises(SourceFailed, match="longer than"):
         await download(net, PUBLIC)
     assert (net.open, net.closed) == (0, 1)
+
+
+async def test_a_list_that_drips_is_given_up(autojump_clock: trio.testing.MockClock) -> None:
+    class Drip(FakeBody):
+        async def receive_into(self, view: memoryview) -> int:
+            await trio.sleep(5)
+            view[:1] = b"x"
+            return 1
+
+    class Slow(FakeSource):
+        async def open(self, start: int, stop: int | None, expect: Facts | None) -> Body:
+            net.open += 1
+            return Drip(b"x", net, 1)
+
+    net = Net()
+    with pytest.raises(SourceFailed, match=f"did not come within {MOST_SECONDS:g} s"):
+        await download(lambda url: Slow(url, net), PUBLIC)
+    assert (net.open, net.closed) == (0, 1)
+    assert trio.current_time() < 2 * MOST_SECONDS
 
 
 async def test_what_is_no_list_is_refused() -> None:

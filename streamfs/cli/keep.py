@@ -29,7 +29,8 @@ READ = 1 << 20  # bytes a read asks for: what the kernel takes in one FUSE reque
 def save(name: str, dest: str) -> None:
     """Copy the whole stream NAME to the file DEST.
 
-    Waits for the end. DEST appears whole or not at all. Works without a mount, too.
+    Waits for the end. DEST appears whole or not at all; a file that is there keeps its mode. Works without a mount,
+    too.
     """
     home = Home.open()
     target = _target(dest)
@@ -73,6 +74,8 @@ def _part_of(target: Path) -> Iterator[tuple[int, Callable[[int], None]]]:
         if written != size:
             raise StreamfsError(f"{written} bytes were written where {size} were read: nothing was saved")
         with _write_errors(target):
+            with contextlib.suppress(FileNotFoundError):  # a new one has the mode that umask leaves
+                os.fchmod(fd, stat.S_IMODE(target.stat().st_mode))
             os.fsync(fd)
             part.replace(target)
             folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
