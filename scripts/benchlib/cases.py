@@ -353,6 +353,13 @@ _RANDOM = (Goal("httpfs2", 1), Goal("rclone", 5))
 
 CASES = (
     Case("dd", "cold sequential, `dd bs=1M`", "MB/s", _CURL_NINE, _sequential("plain", work.dd, True)),
+    Case(
+        "dd-direct",
+        "the same, past the page cache, `iflag=direct`",
+        "MB/s",
+        _CURL_NINE,
+        _sequential("plain", work.dd_direct, True),
+    ),
     Case("cp", "cold sequential, `cp`", "MB/s", _CURL_HALF, _sequential("plain", work.cp, True)),
     Case("cat", "cold sequential, `cat`", "MB/s", _CURL_HALF, _sequential("plain", work.cat, True)),
     Case("sha256sum", "cold sequential, `sha256sum`", "MB/s", _CURL_HALF, _sequential("plain", work.sha256sum, True)),
