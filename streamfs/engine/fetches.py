@@ -7,7 +7,7 @@ waits for it to read through the gap. Where one connection cannot bring bytes as
 the link has a delay, several fetches go on in lanes side by side (streamfs.engine.lanes).
 
 How far a fetch goes ahead of its reader starts small, so that a first byte or a far seek costs little, and doubles
-whenever the reader has caught up with it, up to the read-ahead (as mountpoint-s3 does).
+whenever the reader has caught up with it, up to the read-ahead (as mountpoint-s3 does); faster over a link with delay.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ SPARING = 64 * 1024
 """Bytes that a reader who looks at many files and reads on in few (thumbnailers, indexers) costs at a place."""
 OPEN_ENDED = 4 * 1024 * 1024
 """From this read-ahead on, a request asks for everything up to the end: a reader that got here reads on."""
+FAR_GROWTH = 4
+"""What a read-ahead grows by at a time where a reply takes LEAST_LATENCY or more; elsewhere it doubles."""
 MOST_FETCHES = 8
 """Cursors of one generation at a time: a guess at how many places a program reads at once."""
 REORDER = 1024 * 1024
@@ -112,7 +114,7 @@ class FetchPlan:
                 self._allow(near, stop)
                 return None
             if near.position - near.start >= near.ahead:
-                near.ahead = min(max(near.ahead * 2, FIRST_AHEAD), self.read_ahead)
+                near.ahead = min(max(near.ahead * self._growth, FIRST_AHEAD), self.read_ahead)
             self._allow(near, stop)
             return None
         if self.lanes is not None and self.lanes.next <= missing <= self.lanes.next + REORDER:
@@ -140,7 +142,7 @@ class FetchPlan:
                 continue
             if fetch.position == front or (not self.ranged and front <= fetch.position):
                 if fetch.position - fetch.start >= 4 * fetch.ahead:
-                    fetch.ahead = min(fetch.ahead * 2, self.read_ahead)  # it is read on and on
+                    fetch.ahead = min(fetch.ahead * self._growth, self.read_ahead)  # it is read on and on
                 # It goes on by half a window or more, so that small reads do not cost a request each.
                 if not self.ranged or fetch.limit is None or stop + fetch.ahead // 2 >= fetch.limit:
                     self._allow(fetch, stop)
@@ -189,6 +191,11 @@ class FetchPlan:
         self._lanes_failed = True
         if self.lanes is not None:
             self.lanes.over = True
+
+    @property
+    def _growth(self) -> int:
+        """By how much the read-ahead grows where a reader has caught up with it: each step costs a round trip."""
+        return FAR_GROWTH if LEAST_LATENCY <= self._latency < float("inf") else 2
 
     @property
     def _active(self) -> int:
