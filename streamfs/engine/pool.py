@@ -40,6 +40,7 @@ class Pool:
         self._free: dict[int, deque[Piece]] = {SMALL: deque(), LARGE: deque()}  # GUARDED_BY _lock
         self._used = 0  # GUARDED_BY _lock. INVARIANT: _idle is 0 where _used is past the budget
         self._idle = 0  # GUARDED_BY _lock
+        self._dry = False  # GUARDED_BY _lock. The system had no memory, and nothing was given back since
         self._unneeded = 0  # GUARDED_BY _lock. Bytes that were idle all the time since the last trim
 
     @property
@@ -49,7 +50,8 @@ class Pool:
 
     def take(self, size: int, *, beyond: bool = False) -> Piece | None:
         """A piece of `size` (SMALL or LARGE) bytes with undefined content; None where the budget is spent, unless
-        the caller may go `beyond` it."""
+        the caller may go `beyond` it, and where the system has no more: no memory, or no more mappings (65,530 by
+        default, of which neighbours count as one). `beyond`: raises MemoryError there."""
         with self._lock:
             free = self._free[size]
             if free:
@@ -61,11 +63,20 @@ class Pool:
                 return None
             self._shed(self._used + self._idle + size - self.budget)
             self._used += size
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            with self._lock:
+                self._used -= size
+                self._dry = True
+            if beyond:
+                raise MemoryError(f"the system has no memory left: {error}") from error
+            return None
 
     def give(self, *pieces: Piece) -> None:
         """Hand pieces back; the caller keeps no view of them."""
         with self._lock:
+            self._dry = self._dry and not pieces
             for piece in pieces:
                 size = len(piece)
                 self._used -= size
@@ -78,7 +89,7 @@ class Pool:
     def take_fails(self) -> bool:
         """Whether no LARGE piece can be had now."""
         with self._lock:
-            return not self._free[LARGE] and self._used + LARGE > self.budget
+            return not self._free[LARGE] and (self._dry or self._used + LARGE > self.budget)
 
     def trim(self) -> None:
         """Return the memory to the system that nobody has asked for since the last call."""

@@ -1,4 +1,5 @@
 import ctypes
+import errno
 import mmap
 import weakref
 
@@ -89,3 +90,22 @@ def test_no_piece_is_handed_out_twice_to_many_threads():
         for name in range(8):
             crew.start(work, name)
     assert pool.used == 0
+
+
+def test_where_the_system_has_no_memory_the_pool_is_spent(monkeypatch):
+    def none_left(*_: object, **__: object) -> mmap.mmap:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    pool = Pool(4 * LARGE)
+    piece = pool.take(SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", none_left)
+        assert pool.take(LARGE) is None
+        with pytest.raises(MemoryError, match="no memory left"):
+            pool.take(SMALL, beyond=True)
+        assert pool.used == SMALL
+        assert pool.take_fails()
+        pool.give(piece)
+        assert not pool.take_fails()  # it is tried again
+        assert pool.take(SMALL) is piece
+    assert pool.take(LARGE) is not None
