@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from streamfs.engine import recording
 from tests import servers
 from tests.crash.killer import CALLS, patch
 from tests.crash.powercut import Disk
 from tests.servers import Certificates
+
+settings.register_profile("streamfs", deadline=None)  # a busy machine proves nothing
+settings.load_profile("streamfs")
+# Shells start what runs in the background with this ignored, and every program started here would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

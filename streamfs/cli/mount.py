@@ -117,7 +117,7 @@ def _umount_without_daemon(home: Home, mountpoint: str | None, lazy: bool) -> No
         _detach(mounts.absolute(mountpoint), lazy)
         return
     dead = [mount.path for mount in mounts.mounts() if mount.is_streamfs and mounts.is_dead(mount.path)]
-    hint = f": 'streamfs umount {dead[0]}' clears what a dead one left" if dead else ""
+    hint = "".join(f"; 'streamfs umount {path}' clears what a dead one left" for path in dead)
     raise Unreachable(f"no daemon runs in {home.root or home.state}{hint}")
 
 
