@@ -185,3 +185,12 @@ def refuse_writes(patch: pytest.MonkeyPatch, refuse: Callable[..., int]) -> None
     """Every write to a recording's data is `refuse` from now on, whichever way it goes."""
     for name in ("pwrite", "pwritev"):
         patch.setattr(os, name, refuse)
+
+
+def data_on_disk(cache: Path) -> int:
+    """Bytes that the data files of a cache directory take. Others may be removing them meanwhile."""
+    total = 0
+    for path in cache.glob("*.data"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_blocks * 512
+    return total

@@ -21,7 +21,7 @@ from streamfs.engine.buffer import SPILL_BATCH
 from streamfs.engine.recording import Header, Recording
 from streamfs.errors import Closed, NoSpace, TooManyFiles
 from streamfs.stream import Stream
-from tests.fakes import named_bytes, refuse_writes
+from tests.fakes import data_on_disk, named_bytes, refuse_writes
 from tests.sourcefakes import KIB, MIB, Origin, a_house, settled, until
 from tests.test_generation import check, read_all
 
@@ -29,10 +29,6 @@ TTL = 3600.0
 """Of a_house."""
 PREALLOCATED = 16 * MIB
 """Bytes a recording may take ahead of what is written to it."""
-
-
-def on_disk(directory: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in directory.glob("*.data"))
 
 
 def refuse(code: int) -> Callable[..., int]:
@@ -88,7 +84,7 @@ async def test_a_stream_that_came_to_its_end_takes_no_more_disk_than_its_bytes(t
         await read_all(stream)
         await until(lambda: not handle.generation.buffer.has_ahead)
         await until(lambda: house.cache.disk_used <= origin.size + MIB // 8)
-        assert on_disk(tmp_path) <= origin.size + 64 * KIB, "but for the file system's own"
+        assert data_on_disk(tmp_path) <= origin.size + 64 * KIB, "but for the file system's own"
         await check(handle, origin, 0, MIB)
         await check(handle, origin, origin.size - MIB, MIB)
         handle.close()
@@ -128,7 +124,7 @@ async def test_the_quota_holds_and_the_least_recently_used_goes_first(tmp_path: 
             origin = Origin(f"s{number}", size=8 * MIB, piece=MIB)
             stream = house.stream(origin)
             assert await read_all(stream, MIB) == origin.content()
-            assert on_disk(tmp_path) <= quota + SPILL_BATCH + PREALLOCATED
+            assert data_on_disk(tmp_path) <= quota + SPILL_BATCH + PREALLOCATED
             streams.append(stream)
             await closed(stream)
         alive = [stream.generation is not None for stream in streams]
@@ -389,7 +385,7 @@ async def test_a_cache_that_is_full_of_what_is_open_leaves_no_wait_without_an_en
                         await check(handle, origin, offset, MIB)
                 except NoSpace:
                     continue
-            assert on_disk(tmp_path) <= 6 * MIB + SPILL_BATCH + PREALLOCATED
+            assert data_on_disk(tmp_path) <= 6 * MIB + SPILL_BATCH + PREALLOCATED
         assert house.cache.disk_error is not None
         for handle in handles:
             handle.close()

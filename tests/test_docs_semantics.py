@@ -15,6 +15,7 @@ from streamfs.sources.base import Source
 from streamfs.spec import StreamOptions, StreamSpec, UrlSource
 from streamfs.stream import FRESH
 from tests import servers
+from tests.fakes import data_on_disk
 from tests.sourcefakes import KIB, MIB, Origin, a_filesystem, a_house, spec_of, until
 
 SSH_FILE = bytes(range(256)) * 1000
@@ -160,7 +161,7 @@ def _number(fs: filesystem.FileSystem) -> int:
 
 def _on_disk(home: Path) -> int:
     """Bytes of data that went to disk."""
-    return sum(path.stat().st_blocks * 512 for path in (home / "cache").glob("*.data"))
+    return data_on_disk(home / "cache")
 
 
 # sftp
