@@ -251,7 +251,7 @@ async def test_a_command_that_closes_its_output_is_waited_for() -> None:
 
 
 async def test_a_command_that_closes_its_output_and_stays_is_a_stall_where_stalls_end() -> None:
-    async with running("echo bytes; exec >&-; exec sleep 1000", stall_timeout=0.2) as body:
+    async with running("echo bytes; exec >&-; exec sleep 1000", stall_timeout=2) as body:
         with pytest.raises(SourceStalled, match="closed its output, but runs on"):
             await output(body)
 
@@ -265,7 +265,7 @@ async def test_what_a_grandchild_writes_after_the_command_has_ended_counts() -> 
 
 
 async def test_messages_do_not_put_off_a_stall() -> None:
-    async with running("while echo busy >&2; do sleep 0.02; done", stall_timeout=0.3) as body:
+    async with running("while echo busy >&2; do sleep 0.02; done", stall_timeout=2) as body:
         with trio.fail_after(5), pytest.raises(SourceStalled, match="silent"):
             await line(body)
         assert "busy" in body.stderr_tail

@@ -138,7 +138,7 @@ async def test_a_command_that_fails_is_not_an_end_although_its_output_was_whole(
 
 async def test_what_could_be_decoded_is_given_before_more_is_waited_for(tmp_path: Path) -> None:
     first = stored(tmp_path, gzip.compress(b"first"))
-    source_spec = spec(cat(first, "exec sleep 1000"), "gunzip", stall_timeout=0.3)
+    source_spec = spec(cat(first, "exec sleep 1000"), "gunzip", stall_timeout=2)
     async with Transports() as transports:
         got, error = await collect(make_source(source_spec, transports))
     assert got == b"first"

@@ -19,6 +19,7 @@ from streamfs.filesystem import FileSystem
 from streamfs.generation import Window
 from streamfs.sources.base import Facts
 from streamfs.spec import StreamOptions, StreamSpec, UrlSource
+from tests.fakes import data_on_disk
 
 MIB = 1 << 20
 
@@ -91,7 +92,7 @@ async def showing(tmp_path: Path, radio: Radio, window: str) -> AsyncIterator[Fi
 
 
 def disk_bytes(tmp_path: Path) -> int:
-    return sum(f.stat().st_blocks * 512 for f in (tmp_path / "cache").glob("*.data"))
+    return data_on_disk(tmp_path / "cache")
 
 
 async def test_disk_stays_at_the_window_and_who_is_left_behind_is_told(tmp_path: Path) -> None:
