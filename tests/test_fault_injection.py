@@ -120,15 +120,19 @@ async def attempt(call: Awaitable[Any]) -> tuple[Any, int]:
         return None, failure(error)
 
 
-async def read_all(fs: FileSystem, name: str, expected: bytes) -> int:
-    """Read a whole stream as a program would. 0, or the errno; bytes that were given must be right."""
+STEP = 128 * 1024  # bytes a read asks for
+
+
+async def read_all(fs: FileSystem, name: str, expected: bytes, told: Callable[[int], None] = lambda _: None) -> int:
+    """Read a whole stream as a program would, `told` of how far it has come. 0, or the errno; bytes that were given
+    must be right."""
     opened, code = await attempt(fs.open_named(name))
     if code:
         return code
     try:
         position = 0
         while True:
-            view, code = await attempt(fs.read(opened.handle, position, 128 * 1024))
+            view, code = await attempt(fs.read(opened.handle, position, STEP))
             if code:
                 return code
             if not len(view):
@@ -136,6 +140,7 @@ async def read_all(fs: FileSystem, name: str, expected: bytes) -> int:
                 return 0
             assert view.tobytes() == expected[position : position + len(view)], f"wrong bytes from {position} on"
             position += len(view)
+            told(position)
     finally:
         fs.release(opened.handle)
 
@@ -189,13 +194,15 @@ async def run(home: Path, point: Point, at: int, fault: str) -> Injected:
         async with a_filesystem(home, served, memory=8 * MIB, spill_threshold=256 * 1024) as fs:
             await fs.add([spec_of("other")])
             results: list[int] = []
+            reached = [0]
 
             async def beside(fs: FileSystem = fs) -> None:
-                results.append(await read_all(fs, "other", served["other"].content()))
+                results.append(await read_all(fs, "other", served["other"].content(), reached.append))
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(beside)
-                await until(lambda: served["other"].sent >= SIZE // 2)
+                # Only then does it wait for the gate: what it still read from the disk would meet the fault itself.
+                await until(lambda: reached[-1] + STEP > SIZE // 2)
                 with injected.into(point):
                     codes = await everything(fs, served)
                 gate.set()

@@ -149,7 +149,7 @@ mkdir web streams
 head -c 700000 /dev/urandom > web/data.bin
 python3 -u -m http.server 0 --bind 127.0.0.1 --directory web > web.log 2>&1 &
 server=$!
-until grep -q port web.log; do sleep 0.1; done
+until grep -qs port web.log; do sleep 0.1; done
 port=$(sed -n "s/.* port \\([0-9]*\\).*/\\1/p" web.log)
 grep CapEff /proc/self/status | tr -d "\\t"
 streamfs doctor | grep PROBLEM || echo "the doctor finds no problem"
