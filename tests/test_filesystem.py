@@ -344,7 +344,7 @@ async def test_after_evict_all_and_closes_nothing_rests(tmp_path: Path) -> None:
         fs.evict_all()
         await until(lambda: fs._cache.pool.used == 0 and not any(o.bodies for o in served.values()))
         await fs.removed()
-        assert not any((tmp_path / "cache").iterdir())
+        await until(lambda: not any((tmp_path / "cache").iterdir()))  # one may just have been in the making
 
 
 async def test_a_defect_in_a_probe_ends_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
