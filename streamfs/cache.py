@@ -51,6 +51,7 @@ DISK_PATIENCE = 120.0
 """Seconds without an answer of the disk, after which who waits for memory is told that it hangs. A disk that is only
 slow may be syncing gigabytes meanwhile."""
 _STEP = SPILL_BATCH + LARGE  # most bytes one step of spilling takes on disk
+_TRIM_STEP = 16 * 1024 * 1024  # bytes given back to the system between two turns of others
 _TTL_CHECKS = 4  # per time to live
 _TTL_CHECK_EVERY = 15.0  # seconds, at most, between two looks: streams may have shorter times than the mount's
 _TTL_SHARE = 50  # a look that took a second is followed by so many without one
@@ -794,9 +795,10 @@ class Cache:
         while True:
             await trio.sleep(max(min(self.ttl / _TTL_CHECKS, _TTL_CHECK_EVERY), took * _TTL_SHARE, 0.1))
             began = time.monotonic()
-            self.pool.trim()
             try:
                 self.expire(began)
+                while self.pool.trim(_TRIM_STEP):
+                    await trio.lowlevel.checkpoint()
             except Exception:  # a defect in one generation's end must not end the daemon
                 log.exception("dropping what is too old failed in an unforeseen way")
             took = time.monotonic() - began

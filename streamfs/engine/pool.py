@@ -91,11 +91,16 @@ class Pool:
         with self._lock:
             return not self._free[LARGE] and (self._dry or self._used + LARGE > self.budget)
 
-    def trim(self) -> None:
-        """Return the memory to the system that nobody has asked for since the last call."""
+    def trim(self, most: int) -> bool:
+        """Return about `most` bytes to the system of what nobody has asked for since a call gave False. True: there is
+        more, to be asked for again; each MiB takes the system some 0.1 ms."""
         with self._lock:
-            self._shed(self._unneeded)
-            self._unneeded = self._idle
+            before = self._idle
+            unneeded = self._unneeded
+            self._shed(min(unneeded, most))
+            left = unneeded - (before - self._idle)
+            self._unneeded = left if left > 0 else self._idle
+            return left > 0
 
     def _shed(self, excess: int) -> None:
         while excess > 0 and self._idle:

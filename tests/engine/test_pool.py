@@ -43,14 +43,28 @@ def test_trim_lets_memory_go_that_was_idle_since_the_trim_before():
     lost = weakref.ref(idle)
     pool.give(idle, used)
     del idle
-    pool.trim()  # just given back: it may be asked for again
+    assert not pool.trim(LARGE)  # just given back: it may be asked for again
     assert lost() is not None
     assert pool.take(SMALL) is used
     pool.give(used)
-    pool.trim()
+    assert not pool.trim(LARGE)
     assert lost() is None
     assert pool.take(SMALL) is used
     pool.give(used)
+
+
+def test_trim_goes_on_in_steps():
+    pool = Pool(4 * LARGE)
+    pieces = [pool.take(LARGE) for _ in range(4)]
+    lost = [weakref.ref(piece) for piece in pieces]
+    pool.give(*pieces)
+    del pieces
+    assert not pool.trim(LARGE)
+    kept = []
+    while pool.trim(LARGE):
+        kept.append(sum(piece() is not None for piece in lost))
+    assert kept == [3, 2, 1]
+    assert not any(piece() for piece in lost)
 
 
 def test_pieces_begin_at_a_page():
