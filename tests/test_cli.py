@@ -519,6 +519,18 @@ def test_save_replaces_a_file_and_follows_a_link(
     assert (tmp_path / "link").is_symlink()
 
 
+def test_what_is_saved_over_a_private_file_is_private_from_the_first_byte_on(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"old")
+    target.chmod(0o4600)
+    with keep._part_of(target) as (fd, finish):
+        assert os.fstat(fd).st_mode & 0o7777 == 0o600  # nor does it become another's program
+        os.write(fd, b"new")
+        finish(3)
+    assert target.read_bytes() == b"new"
+    assert target.stat().st_mode & 0o7777 == 0o600
+
+
 @pytest.mark.parametrize(
     ("dest", "text"),
     [("mnt", "a directory"), ("missing/x", "no such directory"), ("/dev/null", "a regular file")],

@@ -67,15 +67,14 @@ def _part_of(target: Path) -> Iterator[tuple[int, Callable[[int], None]]]:
     It is deleted where that is not called."""
     short = os.fsdecode(os.fsencode(target.name)[:200])  # leaves room in the 255 bytes of a name
     part = target.with_name(f"{short}.part-{secrets.token_hex(4)}")
-    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    mode = _mode(target)
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else 0o600)
 
     def finish(size: int) -> None:
         written = os.fstat(fd).st_size
         if written != size:
             raise StreamfsError(f"{written} bytes were written where {size} were read: nothing was saved")
         with _write_errors(target):
-            with contextlib.suppress(FileNotFoundError):  # a new one has the mode that umask leaves
-                os.fchmod(fd, stat.S_IMODE(target.stat().st_mode))
             os.fsync(fd)
             part.replace(target)
             folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -85,10 +84,20 @@ def _part_of(target: Path) -> Iterator[tuple[int, Callable[[int], None]]]:
                 os.close(folder)
 
     try:
+        if mode is not None:
+            os.fchmod(fd, mode)
         yield fd, finish
     finally:
         os.close(fd)
         part.unlink(missing_ok=True)  # gone already once it is the target
+
+
+def _mode(target: Path) -> int | None:
+    """Who may do what with the file that is there; None where none is: umask decides then."""
+    try:
+        return target.stat().st_mode & 0o777
+    except FileNotFoundError:
+        return None
 
 
 def _copy_from_mount(name: str, path: Path, fd: int, target: Path, progress: Progress) -> int:
