@@ -60,3 +60,11 @@ def test_a_daemon_that_says_nothing_is_waited_for_only_so_long(home: Home, monke
     monkeypatch.setattr(daemon, "START_PATIENCE", 0.1)
     with pytest.raises(StreamfsError, match=r"not answered for 0\.1 s; the daemon goes on trying: see .*\.log"):
         start(home, monkeypatch, None)
+
+
+def test_a_daemon_that_nobody_waits_for_any_more_goes_on() -> None:
+    listening, telling = os.pipe()
+    os.close(listening)
+    daemon._Readiness(telling).ready("mounted")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(telling)  # let go of, all the same

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,25 @@ def test_reads_that_wait_keep_no_memory_each(unmounted: Mounted, tap: Tap) -> No
                 reader.wait()
             wait_for(lambda: client.call("ping")["tasks"] < rest + readers // 2, "none waits")
     assert _heap_size(pid) < readers // 2 * MIB
+
+
+def _page_faults(pid: int) -> int:
+    """How often a process has touched memory that it had to be given first."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[7])
+
+
+def test_reading_again_what_was_spilled_takes_no_fresh_memory(unmounted: Mounted, origin: ScriptedOrigin) -> None:
+    """A read's memory is that of the one before, rather than 256 pages that the system has to find and to clear."""
+    pid = unmounted.mount("--spill-threshold", "1MiB")
+    size = 32 * MIB
+    document = origin.add("large", size)
+    path = unmounted.add("large", document.url)
+    read = ["dd", f"if={path}", "iflag=direct", "bs=1M", "status=none"]
+    for _ in range(2):  # from the source, and from the disk
+        assert checked(read) == document.bytes()
+    before = _page_faults(pid)
+    assert checked(read) == document.bytes()
+    assert _page_faults(pid) - before < size // mmap.PAGESIZE // 2
 
 
 @pytest.fixture
