@@ -27,7 +27,7 @@ from streamfs.engine.buffer import SPILL_BATCH, Buffer
 from streamfs.engine.diskreads import DiskReads
 from streamfs.engine.pool import LARGE, Pool
 from streamfs.engine.recording import Header, Recording, disk_bytes, unlink_recording
-from streamfs.errors import Damaged, NoSpace, TooManyFiles, told
+from streamfs.errors import Damaged, NoSpace, told
 from streamfs.home import recording_name, recording_of
 from streamfs.news import News
 
@@ -245,7 +245,7 @@ class Cache:
                 return None
         except OSError as error:
             if error.errno in descriptors.SPENT:
-                raise _too_many_files() from error  # nothing is wrong with it
+                raise descriptors.too_many() from error  # nothing is wrong with it
             log.warning("cannot read the recording %s: %s", dormant.path, error)
             self._dormant.pop(stream_id, None)
             return None
@@ -315,7 +315,7 @@ class Cache:
             loaded = [g for g, size in self._generations.items() if size and not g.in_use and not g.kept]
             oldest = min(loaded, key=lambda g: g.used, default=None)
             if oldest is None:
-                raise _too_many_files()
+                raise descriptors.too_many()
             oldest.drop()
             await self.removed()  # its files are closed only then
 
@@ -833,10 +833,6 @@ async def _held(lock: trio.Lock) -> AsyncIterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _too_many_files() -> TooManyFiles:
-    return TooManyFiles("too many files and connections are open for the daemon's limit: see 'streamfs doctor'")
 
 
 def _memory_for_good(generation: Cached) -> int:

@@ -7,11 +7,24 @@ import errno
 import os
 import resource
 
+from streamfs.errors import TooManyFiles
+
 RESERVE = 64
 """Descriptors that streams leave to the daemon; a quarter of all where the limit is low. What it opens itself at a time
 is a dozen."""
 SPENT = (errno.EMFILE, errno.ENFILE)
 """What the kernel says where there is none left."""
+
+
+def take_one_more() -> None:
+    """Call right before a stream takes descriptors, with nothing in between that gives others a turn. Raises
+    TooManyFiles where there are no more left than the reserve."""
+    if are_short():
+        raise too_many()
+
+
+def too_many() -> TooManyFiles:
+    return TooManyFiles("too many files and connections are open for the daemon's limit: see 'streamfs doctor'")
 
 
 def are_short() -> bool:

@@ -84,6 +84,8 @@ def detach(path: str, *, lazy: bool) -> None:
         raise StreamfsError(f"'{' '.join(command)}' did not end: try --lazy") from error
     except FileNotFoundError as error:
         raise StreamfsError("fusermount3 is missing: install the package fuse3") from error
+    except OSError as error:
+        raise StreamfsError(f"cannot run '{' '.join(command)}': {error.strerror}") from error
     if done.returncode != 0:
         said = os.fsdecode(done.stderr).strip().splitlines() or [f"{command[0]} failed"]
         hint = "" if lazy else " (a program still uses it? --lazy detaches it all the same)"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -10,14 +12,14 @@ import sys
 import textwrap
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from streamfs.errors import Closed, CommandFailed, SourceFailed, SourceStalled
+from streamfs.errors import Closed, CommandFailed, SourceFailed, SourceStalled, TooManyFiles
 from streamfs.sources import command
 from streamfs.sources.base import Facts
 from streamfs.sources.command import ProcessBody, ProcessSource
@@ -333,6 +335,87 @@ async def test_closing_ends_the_whole_session(shell: str, monkeypatch: pytest.Mo
     assert not alive(pid) and not alive(leader)
     assert str(leader) not in os.listdir("/proc"), "a zombie is left"  # noqa: PTH208
     assert body.exit_status is None
+
+
+@contextmanager
+def none_left(spare: int) -> Iterator[list[int]]:
+    """This process may open only `spare` files more; gives what takes all others, to be closed."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(spare):
+            os.close(taken.pop())
+        yield taken
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 3])
+async def test_closing_ends_a_large_session_with_hardly_a_descriptor_left(
+    spare: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The groups of their own can only be found, and be ended for sure, through descriptors: there are fewer of those
+    than of processes. What the command itself held becomes free as it ends."""
+    monkeypatch.setattr(command, "TERM_GRACE", 0.3)
+    body = await source("set -m; for n in 1 2 3 4 5 6 7 8; do sleep 1000 & echo $!; done; wait").open(0, None, None)
+    said = ""
+    while said.count("\n") < 8:
+        said += await line(body)
+    with none_left(spare), trio.fail_after(10):
+        await body.aclose()
+    assert not any(alive(int(pid)) for pid in said.split())
+
+
+async def test_closing_waits_for_a_descriptor_rather_than_to_leave_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = await source("set -m; sleep 1000 & echo $!; wait").open(0, None, None)
+    pid = int(await line(body))
+    looks, listdir = 0, os.listdir
+
+    def none_at_first(path: str) -> list[str]:
+        nonlocal looks
+        looks += 1
+        if looks <= 3:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return listdir(path)
+
+    with monkeypatch.context() as patch, trio.fail_after(10):
+        patch.setattr(os, "listdir", none_at_first)
+        await body.aclose()
+    assert looks > 3
+    assert not alive(pid)
+
+
+async def test_commands_begun_together_leave_the_daemon_its_last_descriptors() -> None:
+    """They are checked in threads, and so all found descriptors before the first had taken one."""
+    bodies: list[ProcessBody] = []
+    refused: list[str] = []
+
+    async def begin() -> None:
+        try:
+            bodies.append(await source("exec sleep 1000").open(0, None, None))
+        except TooManyFiles as error:
+            refused.append(str(error))
+
+    await output_of("true")  # the launcher is known
+    try:
+        with none_left(100):
+            async with trio.open_nursery() as nursery:
+                for _ in range(40):
+                    nursery.start_soon(begin)
+            free = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+            for fd in free:
+                os.close(fd)
+    finally:
+        for body in bodies:
+            await body.aclose()
+    assert bodies and refused
+    assert all("too many files" in said for said in refused)
 
 
 async def test_a_command_has_five_seconds_to_end_by_itself(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ import shutil
 import signal
 import stat
 import subprocess
+import threading
 from pathlib import Path
 
 import trio
 
+from streamfs import descriptors
 from streamfs.errors import Closed, CommandFailed, SourceChanged, SourceFailed, SourceStalled, StreamfsError
 from streamfs.sources.base import Facts
 from streamfs.spec import DEFAULT_STALL_TIMEOUT, CommandSource, ShellSource, StreamSpec
@@ -35,6 +37,7 @@ KILL_GRACE = 2.0  # seconds for the kernel to end what got SIGKILL; only sleep i
 _STDERR_READ = 1 << 16  # bytes a read; a default pipe holds no more
 _STDERR_READS = 16  # reads a wake-up at most, so that a flood of messages leaves time for other tasks
 _MESSAGE_TAIL = 300  # characters of standard error quoted in an error
+_SPENT_RETRY = 0.05  # seconds between two looks for what is left of a session, where descriptors have run out
 
 _log = logging.getLogger(__name__)
 
@@ -256,7 +259,7 @@ class ProcessBody:
 
 def _prepare(argv: tuple[str, ...], cwd: str | None, environment: dict[str, str]) -> tuple[tuple[str, ...], int]:
     """Check in a thread that the command can be started; what to start it through, and the umask to start it with.
-    Raises SourceFailed with one line that says what is wrong."""
+    Raises SourceFailed with one line that says what is wrong, TooManyFiles."""
     if not argv or not argv[0]:
         raise SourceFailed("the command is empty")
     try:
@@ -264,13 +267,18 @@ def _prepare(argv: tuple[str, ...], cwd: str | None, environment: dict[str, str]
     except ValueError as error:  # a NUL byte or a lone surrogate
         raise SourceFailed(f"cannot run {argv[0]!r}: {error}") from error
     try:
-        launcher = _launcher()
+        with _TRIAL:
+            launcher = _launcher()
     except (OSError, subprocess.SubprocessError) as error:
+        if isinstance(error, OSError) and error.errno in descriptors.SPENT:
+            raise descriptors.too_many() from error
         _log.warning("starting %r without setpriv, whose trial failed: %s", argv[0], error)
         launcher = ()
     try:
         return launcher, _umask()
     except OSError as error:
+        if error.errno in descriptors.SPENT:
+            raise descriptors.too_many() from error
         raise SourceFailed(f"cannot run {argv[0]!r}: {error.strerror}") from error
 
 
@@ -300,6 +308,10 @@ def _mode(path: str) -> int | None:
         return None
 
 
+_TRIAL = threading.Lock()
+"""One trial of the launcher does for all who wait for it, instead of one each, with its pipes."""
+
+
 @functools.cache
 def _launcher() -> tuple[str, ...]:
     """The programs to start a command through (see the head of this file); empty where they do not do it all.
@@ -327,7 +339,8 @@ def _start(
     umask: int,
     stall_timeout: float | None,
 ) -> ProcessBody:
-    """Start the process; about 1 ms (vfork). Raises SourceFailed."""
+    """Start the process; about 1 ms (vfork). Raises SourceFailed, TooManyFiles."""
+    descriptors.take_one_more()
     if launcher and cwd is not None:
         launcher = (*launcher[:2], f"--chdir={cwd}", *launcher[2:])
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as childs:
@@ -381,10 +394,7 @@ def _signal_group(leader: int, signum: signal.Signals) -> None:
 
 async def _kill_session(leader: int) -> None:
     """Whatever is left of the session gets SIGKILL, and KILL_GRACE to end."""
-    with contextlib.ExitStack() as descriptors:
-        if not await _session_members(leader, descriptors):
-            return
-    _signal_group(leader, signal.SIGKILL)
+    _signal_group(leader, signal.SIGKILL)  # first what needs no descriptor
     with trio.move_on_after(KILL_GRACE):
         await _signal_until_gone(leader, signal.SIGKILL)
 
@@ -393,8 +403,8 @@ async def _signal_until_gone(leader: int, signum: signal.Signals) -> None:
     """Signal every process of the session once, those that appear meanwhile too, until none is left alive."""
     signalled: set[int] = set()
     while True:
-        with contextlib.ExitStack() as descriptors:
-            living = await _session_members(leader, descriptors)
+        with contextlib.ExitStack() as opened:
+            living = await _session_members(leader, opened)
             if not living:
                 return
             for pid, pidfd in living.items():
@@ -412,17 +422,28 @@ def _signal_member(leader: int, pid: int, pidfd: int, signum: signal.Signals) ->
             signal.pidfd_send_signal(pidfd, signal.SIGCONT)
 
 
-async def _session_members(leader: int, descriptors: contextlib.ExitStack) -> dict[int, int]:
-    """Process numbers of the session that are alive (zombies are not), each with its pidfd, which `descriptors`
-    closes."""
-    living = {}
-    for pid in (await _look_at_processes()).get(leader, ()):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            pidfd = os.pidfd_open(pid)
-            descriptors.callback(os.close, pidfd)
-            # Looked at again through the pidfd: the number may have passed to another process in between.
-            if os.getsid(pid) == leader and not _has_ended(pidfd):
-                living[pid] = pidfd
+async def _session_members(leader: int, opened: contextlib.ExitStack) -> dict[int, int]:
+    """Process numbers of the session that are alive (zombies are not), each with its pidfd, which `opened` closes.
+    Where descriptors are short, some of them; empty only if there are none. Where descriptors have run out, it waits
+    for one."""
+    living: dict[int, int] = {}
+    while not living:
+        try:
+            for pid in (await _look_at_processes()).get(leader, ()):
+                if living and descriptors.are_short():
+                    break
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    pidfd = os.pidfd_open(pid)
+                    opened.callback(os.close, pidfd)
+                    # Looked at again through the pidfd: the number may have passed to another process in between.
+                    if os.getsid(pid) == leader and not _has_ended(pidfd):
+                        living[pid] = pidfd
+            break
+        except OSError as error:
+            if error.errno not in descriptors.SPENT:
+                raise
+            if not living:
+                await trio.sleep(_SPENT_RETRY)
     return living
 
 
@@ -431,7 +452,7 @@ class _Look:
 
     def __init__(self) -> None:
         self.done = trio.Event()
-        self.sessions: dict[int, list[int]] = {}  # process numbers by session
+        self.sessions: dict[int, list[int]] | None = None  # process numbers by session; None: it failed
 
 
 _next_look: _Look | None = None
@@ -439,25 +460,28 @@ _next_look: _Look | None = None
 
 async def _look_at_processes() -> dict[int, list[int]]:
     """Process numbers by session, as they are after the call. One system call a process of the machine, so a
-    thousand commands that end together share a look."""
+    thousand commands that end together share a look. Raises OSError where descriptors have run out."""
     global _next_look
-    if _next_look is not None:
-        look = _next_look
+    while _next_look is not None:
+        others = _next_look
         with trio.CancelScope(shield=True):
-            await look.done.wait()
-        return look.sessions
+            await others.done.wait()
+        if others.sessions is not None:
+            return others.sessions
     look = _next_look = _Look()
     try:
         await trio.lowlevel.cancel_shielded_checkpoint()
         _next_look = None
+        sessions: dict[int, list[int]] = {}
         for entry in os.listdir("/proc"):  # noqa: PTH208 (half the cost of Path.iterdir, and procfs never waits)
             if entry.isdecimal():
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    look.sessions.setdefault(os.getsid(int(entry)), []).append(int(entry))
+                    sessions.setdefault(os.getsid(int(entry)), []).append(int(entry))
+        look.sessions = sessions
     finally:
         _next_look = None
         look.done.set()
-    return look.sessions
+    return sessions
 
 
 def _has_ended(pidfd: int) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import trio
 
+from streamfs import descriptors
 from streamfs.sources.transport import Identity, TransportError
 
 TLS_BATCH = 1 << 20  # bytes decrypted at most in one receive; OpenSSL gives one record (16 KiB) at a time
@@ -162,7 +163,7 @@ class TlsConnection(Connection):
 
 
 async def connect(destination: Destination, context: ssl.SSLContext | None) -> Connection:
-    """A connection, with TLS where there is a `context`. Raises TransportError("connect" or "tls")."""
+    """A connection, with TLS where there is a `context`. Raises TransportError("connect" or "tls"), TooManyFiles."""
     sock = await _dial(destination)
     if context is None:
         return Connection(sock)
@@ -182,7 +183,7 @@ async def connect(destination: Destination, context: ssl.SSLContext | None) -> C
 
 
 async def _dial(destination: Destination) -> socket.socket:
-    """A connected non-blocking socket. Raises TransportError("connect")."""
+    """A connected non-blocking socket. Raises TransportError("connect"), TooManyFiles."""
     if destination.address is not None:
         family = socket.AF_INET6 if ":" in destination.address else socket.AF_INET
         return await _connect_to(family, (destination.address, destination.port), destination)
@@ -200,6 +201,8 @@ async def _dial(destination: Destination) -> socket.socket:
 
 
 async def _connect_to(family: int, address: tuple[str | int, ...], destination: Destination) -> socket.socket:
+    """Raises TransportError("connect"), TooManyFiles."""
+    descriptors.take_one_more()
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     except OSError as error:

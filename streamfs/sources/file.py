@@ -22,6 +22,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 import trio
 
+from streamfs import descriptors
 from streamfs.errors import Closed, SourceChanged, SourceFailed, SourceStalled, StreamfsError
 from streamfs.sources.base import Facts
 from streamfs.spec import StreamSpec, UrlSource
@@ -330,8 +331,9 @@ def _path_of(url: str) -> str:
 
 
 def _open(path: str, descriptor: Descriptor) -> _Opened:
-    """Open and describe the file (in a thread). Raises OSError, SourceFailed."""
+    """Open and describe the file (in a thread). Raises OSError, SourceFailed, TooManyFiles."""
     _refuse(path, Path(path).stat().st_mode)  # before opening: the errno of open would say less
+    descriptors.take_one_more()
     descriptor.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     with descriptor as fd:
         status = os.fstat(fd)
