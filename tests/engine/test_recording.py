@@ -685,11 +685,16 @@ def test_what_a_slow_reader_has_not_passed_is_not_followed_for_ever(path, advise
     assert recording._paged == 8 * BLOCK == sum(stop - start for start, stop in recording._pages)
 
 
+def take_every_disk_for_slow(monkeypatch: pytest.MonkeyPatch, *, looked_at: int, left: int) -> None:
+    """A disk is timed over `looked_at` bytes, and then left alone for `left` bytes."""
+    monkeypatch.setattr(recording_module, "_HINTS_OVER", looked_at)
+    monkeypatch.setattr(recording_module, "_PAGES_FOLLOWED", left)
+    monkeypatch.setattr(recording_module, "_HINT_PATIENCE", -1)  # seconds: each step takes longer
+
+
 def test_a_disk_that_keeps_hints_waiting_gets_none_for_a_while(path, advised, monkeypatch):
     """What comes in faster than the disk takes it gathers in the kernel's memory, as without hints."""
-    monkeypatch.setattr(recording_module, "_PAGES_FOLLOWED", 8 * BLOCK)
-    monkeypatch.setattr(recording_module, "_HINTS_OVER", 8 * BLOCK)
-    monkeypatch.setattr(recording_module, "_HINT_PATIENCE", -1)  # every step takes longer
+    take_every_disk_for_slow(monkeypatch, looked_at=8 * BLOCK, left=8 * BLOCK)
     recording = Recording.create(path, HEADER)
     recording.passed = 1 << 62
     data = append_blocks(recording, 40)
@@ -805,9 +810,7 @@ def test_a_full_disk_is_told_also_past_the_cache(path, direct, monkeypatch):
 
 def test_a_disk_that_takes_long_is_written_through_the_cache_for_a_while(path, direct, monkeypatch):
     """The kernel then takes in as much as it likes, and what comes in does not wait for the disk."""
-    monkeypatch.setattr(recording_module, "_PAGES_FOLLOWED", 3 * BLOCK)
-    monkeypatch.setattr(recording_module, "_HINTS_OVER", 2 * BLOCK)
-    monkeypatch.setattr(recording_module, "_HINT_PATIENCE", -1)  # every disk takes longer
+    take_every_disk_for_slow(monkeypatch, looked_at=2 * BLOCK, left=3 * BLOCK)
     recording = Recording.create(path, HEADER)
     recording.passed = 1 << 62
     data = named_bytes("slow", 7, 10 * BLOCK)
