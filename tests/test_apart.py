@@ -9,21 +9,29 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from streamfs.sources.apart import PIECE, ApartTransport
+from streamfs.sources.apart import PIECE, PIECES, ApartTransport
 from streamfs.sources.curl import CurlTransport
 from streamfs.sources.transport import Ending, Request, Response, Transport, TransportError
 from tests.fakes import WAIT, named_bytes
+from tests.sourcefakes import until
 from tests.test_curl_files import ScriptedFtp
 
 URL = "ftp://there/file"
+AT_A_TIME = 100_000
+"""Bytes that come into a piece at most."""
 
 
 class Far:
     """What is on the other side: a body that is given in pieces, and ways to stand still."""
 
-    def __init__(self, body: bytes = b"", *, fails: TransportError | None = None) -> None:
+    def __init__(
+        self, body: bytes = b"", *, fails: TransportError | None = None, breaks: TransportError | None = None
+    ) -> None:
+        """`fails` in place of a response, `breaks` in place of the body's end."""
         self.body = body
         self.fails = fails
+        self.breaks = breaks
+        self.given = 0
         self.stuck = threading.Event()
         self.go = threading.Event()
         self.go.set()
@@ -72,9 +80,12 @@ class _FarResponse:
     async def receive_into(self, view: memoryview) -> int:
         await trio.lowlevel.checkpoint()
         self._far.stand_still()
-        piece = self._far.body[self._at : self._at + min(len(view), 100_000)]
+        piece = self._far.body[self._at : self._at + min(len(view), AT_A_TIME)]
         view[: len(piece)] = piece
         self._at += len(piece)
+        self._far.given = self._at
+        if not piece and self._far.breaks is not None:
+            raise self._far.breaks
         return len(piece)
 
     async def aclose(self, *, reuse: bool = True) -> None:
@@ -104,6 +115,48 @@ async def test_a_body_comes_through_whole_and_from_another_thread() -> None:
     assert threading.get_ident() not in far.threads
     await transport.aclose()
     assert far.ended.is_set()
+
+
+async def test_the_other_loop_runs_ahead_of_its_reader_by_so_many_pieces_and_no_further() -> None:
+    data = named_bytes("apart", 1, 3 * PIECES * AT_A_TIME)
+    far = Far(data)
+    transport = ApartTransport(far.make)
+    response = await transport.request(Request(URL))
+    first = memoryview(bytearray(10))
+    assert await response.receive_into(first) == 10
+    await until(lambda: response._they_wait)
+    assert far.given == PIECES * AT_A_TIME
+    assert bytes(first) + await body_of(response) == data
+    await response.aclose()
+    await transport.aclose()
+
+
+async def test_a_response_may_be_closed_while_the_other_loop_has_no_piece_to_fill() -> None:
+    far = Far(bytes(2 * PIECES * AT_A_TIME))
+    transport = ApartTransport(far.make)
+    response = await transport.request(Request(URL))
+    assert await response.receive_into(memoryview(bytearray(10))) == 10
+    await until(lambda: response._they_wait)
+    with trio.fail_after(WAIT):
+        await response.aclose()
+        assert far.closed.is_set()
+        await transport.aclose()
+    assert far.ended.is_set(), "nothing is left that would keep the loop"
+
+
+async def test_what_came_before_a_failure_is_given_before_it_is_told() -> None:
+    data = named_bytes("apart", 2, 3 * AT_A_TIME)
+    transport = ApartTransport(Far(data, breaks=TransportError("truncated", "the line broke")).make)
+    response = await transport.request(Request(URL))
+    got, view = bytearray(), memoryview(bytearray(70_000))
+    with pytest.raises(TransportError, match="the line broke"):
+        while count := await response.receive_into(view):
+            got += view[:count]
+    assert got == data
+    with pytest.raises(TransportError, match="the line broke"):
+        await response.receive_into(view)
+    await response.aclose()
+    await transport.aclose()
 
 
 async def test_what_stands_still_there_holds_up_nobody_here_and_loses_no_byte() -> None:

@@ -45,7 +45,8 @@ class Source(Protocol):
     """Where the bytes of one stream come from."""
 
     async def open(self, start: int, stop: int | None, expect: Facts | None) -> Body:
-        """A body from `start` to `stop` (None: to the end); 0 <= start < stop.
+        """A body from `start` to `stop` (None: to the end); 0 <= start < stop. It may go on past `stop` where to end
+        there would cost more than to be closed.
 
         One-way sources answer with a body whose `start` is 0 and which goes on to the end, whatever `stop` is: it may
         be the only reading there is. `expect` holds the facts of the generation to

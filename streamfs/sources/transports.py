@@ -16,7 +16,7 @@ from streamfs.sources.transport import Response, Transport
 from streamfs.spec import StreamOptions
 
 FILE_THREADS = 16  # for the ftp and sftp servers that are in use: one each while there are no more
-_FILE_SCHEMES = ("ftp", "ftps", "sftp")
+FILE_SCHEMES = ("ftp", "ftps", "sftp")
 
 
 class Transports:
@@ -41,7 +41,7 @@ class Transports:
         from streamfs.sources.curl import CurlTransport  # here: most daemons never need libcurl
 
         parts = urlsplit(url)
-        if parts.scheme.lower() in _FILE_SCHEMES:
+        if parts.scheme.lower() in FILE_SCHEMES:
             # libcurl may stand still with a silent server of these: not here, and not with another server's streams.
             place = hash(parts.netloc.rpartition("@")[2].lower()) % FILE_THREADS
             if place not in self._files:

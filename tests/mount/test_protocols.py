@@ -58,3 +58,25 @@ def test_programs_read_a_file_behind_libcurl(
         assert (tmp_path / "copy").read_bytes() == DATA
     finally:
         unmounted.umount()  # before its server ends
+
+
+@pytest.mark.parametrize("kind", ["ftp", "sftp"])
+def test_a_file_server_is_logged_in_to_once_for_a_file_that_is_read_in_order(
+    kind: str, served: Path, stack: ExitStack, unmounted: Mounted
+) -> None:
+    """An exchange that ends in the middle of a file costs its login."""
+    if kind == "ftp":
+        server = stack.enter_context(servers.vsftpd(served))
+        words, login = [f"ftp://{server.authority}/data"], "OK LOGIN"
+    else:
+        server = stack.enter_context(servers.sshd(served))
+        unmounted.environment["STREAMFS_KNOWN_HOSTS"] = str(server.files["known_hosts"])
+        words = ["--key", str(server.files["key"]), f"sftp://{server.authority}{served}/data"]
+        login = "Accepted publickey"
+    unmounted.mount()
+    try:
+        path = unmounted.add("file", "--no-probe", *words)
+        assert checked(["cat", path]) == DATA
+        assert server.log().count(login) == 1
+    finally:
+        unmounted.umount()  # before its server ends
