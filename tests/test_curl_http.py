@@ -591,10 +591,14 @@ async def test_errors_hold_no_secrets(transport: CurlTransport) -> None:
 async def test_a_paused_transfer_costs_no_cpu_and_resumes_byte_exact(transport: CurlTransport, nginx: Server) -> None:
     response = await transport.request(Request(f"http://{nginx.authority}/big"))
     await trio.sleep(0.3)  # the backlog fills, the transfer pauses
-    before = time.process_time()
-    await trio.sleep(1)
-    spent = time.process_time() - before
-    assert spent < 0.1
+
+    async def spent() -> float:
+        before = time.process_time()
+        await trio.sleep(0.5)
+        return time.process_time() - before
+
+    # What turns round and round does so in each of them; what else this process does is over in one.
+    assert min([await spent() for _ in range(3)]) < 0.05
     transfer = response._transfer
     assert transfer is not None
     assert BACKLOG_LIMIT - 16384 < transfer.received <= BACKLOG_LIMIT
