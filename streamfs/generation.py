@@ -452,8 +452,7 @@ class Generation:
         stop: int | None = None
         if facts.ranged:
             self._spread(fetch)
-            window = fetch.window()
-            stop = window if window is None or facts.size is None else min(window, facts.size)
+            stop = self._end_of_request(fetch)
             body: Body | None = None
             await self._context.cache.spare_descriptors()
             with trio.move_on_after(LANE_PATIENCE if fetch.stop is not None else float("inf")):
@@ -470,6 +469,14 @@ class Generation:
         self.validated = time.monotonic()
         self._latency = trio.current_time() - began
         return body, stop
+
+    def _end_of_request(self, fetch: Fetch) -> int | None:
+        """No further than to what is there already: a body that is left before its end costs its connection. None: to
+        the end."""
+        ends = [end for end in (fetch.window(), self.buffer.next_present(fetch.position)) if end is not None]
+        if not ends:
+            return None
+        return min(ends) if self.facts.size is None else min(*ends, self.facts.size)
 
     def _spread(self, fetch: Fetch) -> None:
         """Go on in lanes, if that may pay."""

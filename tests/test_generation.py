@@ -197,6 +197,24 @@ async def test_a_later_open_of_a_url_tries_again(tmp_path: Path, autojump_clock:
     assert origin.sent == origin.size
 
 
+async def test_a_request_ends_where_bytes_are_there_already(tmp_path: Path) -> None:
+    """Its connection can serve the next; one that is left in the middle of a body cannot."""
+    origin = Origin(size=16 * MIB)
+    async with a_house(tmp_path) as house:
+        handle = await house.stream(origin).open()
+        for offset in (6 * MIB, 12 * MIB, 0):
+            await check(handle, origin, offset, MIB)
+        await settled()
+        there = [(6 * MIB, 7 * MIB), (12 * MIB, 13 * MIB)]
+        origin.opens.clear()
+        for offset in range(0, origin.size, MIB):
+            await check(handle, origin, offset, MIB)
+        assert origin.sent == origin.size
+        for start, stop in origin.opens:
+            end = origin.size if stop is None else stop
+            assert not any(first < end and start < last for first, last in there), (start, stop)
+
+
 async def test_who_opened_before_a_failure_goes_on_to_get_it_though_a_later_open_tries_again(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
