@@ -672,6 +672,28 @@ async def test_a_cancelled_receive_loses_no_byte(transport: CurlTransport) -> No
         await response.aclose()
 
 
+async def test_bytes_that_come_after_a_cancellation_and_before_its_task_goes_on_are_kept(
+    transport: CurlTransport,
+) -> None:
+    """Both happen in one turn of trio, where the driver comes before the task."""
+
+    async def handle(stream: trio.SocketStream, head: bytes) -> None:
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n")
+        await trio.sleep_forever()
+
+    async with origin(handle) as url:
+        response = await transport.request(Request(url))
+        assert response._transfer is not None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(response.receive_into, memoryview(bytearray(100)))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            nursery.cancel_scope.cancel()
+            assert response._transfer._on_data(memoryview(b"six")) == 3
+        view = memoryview(bytearray(100))
+        assert bytes(view[: await response.receive_into(view)]) == b"six"
+        await response.aclose()
+
+
 async def test_many_cancelled_transfers_leave_nothing_behind(transport: CurlTransport, nginx: Server) -> None:
     chance = random.Random(4)
 

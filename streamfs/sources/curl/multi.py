@@ -209,8 +209,9 @@ class Transfer:
         self._waiter = trio.lowlevel.current_task()
 
         def abort(_: object) -> trio.lowlevel.Abort:
-            # Bytes are copied into a view and the task woken in one synchronous pass: nothing is lost here.
-            self._waiter = self._waiting_for = None
+            # Bytes are copied into a view and the task woken in one synchronous pass: nothing is lost here. But the
+            # task itself goes on only later, and what comes until then must not go into its view.
+            self._waiter = self._waiting_for = self._view = None
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
