@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchlib import contenders, work
 from benchlib.contenders import Mounted, Streamfs
-from benchlib.origin import LINK_RATE, ROUND_TRIP, Origin
+from benchlib.origin import LINK_RATE, ROUND_TRIP, Missing, Origin
 
 Figure = Callable[[], float]
 MEMORY = 256 * 1024 * 1024
@@ -49,7 +49,7 @@ class Bench:
         self.scratch = scratch
         self.quick = quick
         self._stack = stack
-        self._made: dict[str, Mounted | contenders.Missing] = {}
+        self._made: dict[str, Mounted | Missing] = {}
         self.missing: dict[str, str] = {}  # peer -> what to install
 
     @property
@@ -88,7 +88,7 @@ class Bench:
     def _peer(self, key: str, make: Callable[[], object]) -> Mounted | None:
         try:
             return self._get(key, make)
-        except contenders.Missing as missing:
+        except Missing as missing:
             self.missing[key.split()[0]] = str(missing)
             return None
 
@@ -96,10 +96,10 @@ class Bench:
         if key not in self._made:
             try:
                 self._made[key] = self._stack.enter_context(make())  # type: ignore[arg-type]
-            except contenders.Missing as missing:
+            except Missing as missing:
                 self._made[key] = missing
         found = self._made[key]
-        if isinstance(found, contenders.Missing):
+        if isinstance(found, Missing):
             raise found
         return found
 
@@ -293,10 +293,12 @@ def _crowd_bytes(readers: int) -> Callable[[Bench, ExitStack], dict[str, Figure]
 
 def _far_sequential(bench: Bench, stack: ExitStack) -> dict[str, Figure]:
     origin = bench.origin
-    url = origin.url("far", origin.part)
+    # All of the file, but for a quick look: one connection takes ten seconds for a GiB.
+    name, size = (origin.part, origin.part_size) if bench.quick else (origin.big, origin.size)
+    url = origin.url("far", name)
     return {
-        "streamfs": _read_cold(bench.streamfs, f"far/{origin.part}", origin.part_size, work.dd),
-        "curl": lambda: _rate(origin.part_size, work.curl(url)),
+        "streamfs": _read_cold(bench.streamfs, f"far/{name}", size, work.dd),
+        "curl": lambda: _rate(size, work.curl(url)),
     }
 
 

@@ -14,17 +14,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchlib.origin import Origin
+from benchlib.origin import KINDS, Missing, Origin
 from streamfs import mounting
 from streamfs.control import Client
 
 START_WITHIN = 30.0  # seconds until a mount must answer
 END_WITHIN = 10.0  # seconds from SIGTERM to SIGKILL
 _LOOK = 0.02  # seconds between two looks at the mount table, which tells nobody that it changed
-
-
-class Missing(Exception):
-    """A peer that cannot be run here; the message says what to install."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def mounted_streamfs(origin: Origin, scratch: Path, *options: str, transport: st
     with _mounted(argv, mountpoint, scratch, env=_environment(home, **forced)) as pid:
         found = Streamfs("streamfs", mountpoint, pid, home)
         authority = str(origin.certificates.authority)
-        for kind in ("plain", "tls", "http2", "ftp", "far"):
+        for kind in KINDS if origin.far_port is not None else KINDS[:-1]:
             more = ["--cacert", authority] if kind in ("tls", "http2") else []
             for name in (origin.big, origin.part):
                 found.add(f"{kind}/{name}", origin.url(kind, name), *more)
