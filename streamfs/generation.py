@@ -280,7 +280,7 @@ class Generation:
         while self.plan.lanes is not None and not self.plan.lanes.over and self.in_use and not self.buffer.doomed:
             if context.lanes >= context.most_lanes:
                 if not any(fetch.stop is not None for fetch in self._scopes):
-                    self.plan.abandon_lanes()  # nothing would bring what its reader waits for
+                    self.plan.give_up_lanes()  # nothing would bring what its reader waits for
                     self.buffer.wake_all()
                 return
             lane = self.plan.lane(self.buffer.size)
@@ -473,7 +473,8 @@ class Generation:
     def _end_of_request(self, fetch: Fetch) -> int | None:
         """No further than to what is there already: a body that is left before its end costs its connection. None: to
         the end."""
-        ends = [end for end in (fetch.window(), self.buffer.next_present(fetch.position)) if end is not None]
+        there = self.buffer.next_present(fetch.position)
+        ends = [end for end in (self.plan.end_of_request(fetch), there) if end is not None]
         if not ends:
             return None
         return min(ends) if self.facts.size is None else min(*ends, self.facts.size)

@@ -129,6 +129,25 @@ async def test_where_the_line_itself_is_the_limit_lanes_end_and_no_byte_comes_tw
     assert link.origin.sent == SIZE
 
 
+async def test_lanes_that_did_not_pay_are_tried_again(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """What was in their way may have been the machine, busy with something else for a second."""
+    link = Link(Origin(size=SIZE), shared=RATE)
+    async with a_house(tmp_path, read_ahead=8 * MIB, memory=256 * MIB) as house:
+        handle = await streamed(house, link).open()
+        position = 0
+        while position < 3 * SIZE // 4:
+            position += len(await handle.read(position, MIB))
+            if link.widest == WIDTHS[0] and not house.context.lanes:
+                link.shared = float("inf")  # they have been given up
+        assert link.shared == float("inf")
+        began = trio.current_time()
+        while position < SIZE:
+            position += len(await handle.read(position, MIB))
+        assert trio.current_time() - began <= SIZE / 4 / RATE / 2
+        handle.close()
+    assert link.origin.sent == SIZE
+
+
 @pytest.mark.parametrize("refusing", [False, True])
 async def test_a_server_that_bears_few_connections_is_read_by_one(
     refusing: bool, tmp_path: Path, autojump_clock: trio.testing.MockClock

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from streamfs.engine.lanes import LEAST_LATENCY, SEGMENT, WIDTHS, Lanes
+from streamfs.engine.lanes import LEAST_LATENCY, RETRY, SEGMENT, WIDTHS, Lanes
 
 FIRST_AHEAD = 128 * 1024
 """Bytes of the first request at a place: the kernel's default read-ahead, which is what one read call brings here."""
@@ -84,6 +84,8 @@ class FetchPlan:
         self._jumps = 0  # fetches begun in a row from which nobody read on
         self.lanes: Lanes | None = None
         self._lanes_failed = False
+        self._lanes_again: int | None = None  # where they are tried once more after they did not pay
+        self._alone = RETRY  # bytes before that
         self._latency = float("inf")  # seconds, the least so far
         self._rate = 0.0  # bytes a second of one fetch, the least so far; 0: not measured
         self._left: deque[int] = deque(maxlen=MOST_FETCHES)  # where the latest of those without read-ahead ended
@@ -157,7 +159,7 @@ class FetchPlan:
         hungry = fetch.position - fetch.missed <= REORDER and (fetch.limit is None or fetch.ahead >= OPEN_ENDED)
         delayed = self._latency >= LEAST_LATENCY and self._rate > 0
         long = size is not None and size - fetch.position > WIDTHS[0] * SEGMENT
-        busy = self._lanes_failed or (self.lanes is not None and (self.lanes.over or self._active))
+        busy = self._lanes_failed or self._active or self._alone_at(fetch.position)
         if not self.ranged or fetch.stop is not None or busy or not (hungry and delayed and long):
             return False
         self.lanes = Lanes(fetch.position, self._rate, now)
@@ -167,6 +169,19 @@ class FetchPlan:
         fetch.start = fetch.position
         self.lanes.next = fetch.stop = fetch.limit = place[1]
         return True
+
+    def end_of_request(self, fetch: Fetch) -> int | None:
+        """Where the next request of `fetch` should end; None: nowhere."""
+        window = fetch.window()
+        if fetch.stop is not None or self._lanes_again is None or self._lanes_again <= fetch.position:
+            return window
+        return self._lanes_again if window is None else min(window, self._lanes_again)
+
+    def _alone_at(self, position: int) -> bool:
+        """Whether lanes are over there."""
+        if self.lanes is None or not self.lanes.over:
+            return False
+        return self._lanes_again is None or position < self._lanes_again
 
     def lane(self, size: int | None) -> Fetch | None:
         """Another lane to run, if one is due; ask again until there is none."""
@@ -182,13 +197,13 @@ class FetchPlan:
     def lane_ended(self, fetch: Fetch, now: float, *, failed: bool) -> None:
         """A lane has ended. `failed`: perhaps so many requests at a time were more than the source bears."""
         if failed:
-            self.abandon_lanes()
+            self._lanes_failed = True
+            self.give_up_lanes()
         elif self.lanes is not None and fetch.done:
             self.lanes.finished(fetch.position - fetch.start, now)
 
-    def abandon_lanes(self) -> None:
-        """No more lanes, now and later."""
-        self._lanes_failed = True
+    def give_up_lanes(self) -> None:
+        """No more lanes for now."""
         if self.lanes is not None:
             self.lanes.over = True
 
@@ -207,6 +222,8 @@ class FetchPlan:
 
     def _go_on_alone(self, missing: int, stop: int) -> Fetch:
         """Where lanes did not pay, one fetch goes on behind the last of them, at full speed from the start."""
+        self._lanes_again = missing + self._alone
+        self._alone *= 2
         fetch = Fetch(missing, stop, None if self.greedy else missing + self.read_ahead, self.read_ahead)
         self.fetches.append(fetch)
         return fetch
