@@ -238,6 +238,21 @@ async def test_a_device_gives_what_it_has() -> None:
         assert not body.end_proven
 
 
+async def test_a_device_of_which_a_read_was_given_up_fails_rather_than_to_skip_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with opened(Path("/dev/zero")) as body:
+        assert isinstance(body, DeviceBody)
+        hang = Hang(monkeypatch, "read")
+        hang.only_for = body._descriptor._fd
+        with trio.move_on_after(0.1) as scope:
+            await some(body, 100)
+        assert scope.cancelled_caught
+        hang.release.set()
+        with pytest.raises(SourceFailed, match="given up"):
+            await some(body, 100)
+
+
 async def test_a_fifo_waits_for_its_writer_and_ends_unproven_with_it(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

@@ -285,7 +285,11 @@ class DeviceBody:
         if self._pollable:
             return await self._calls.within(f"reading {self._path!r}", lambda: self._read_when_ready(wanted))
         # A driver decides how long a read takes. What an abandoned thread read is lost, and the body with it.
-        content = await self._calls.run(f"reading {self._path!r}", lambda: self._read_blocking(len(wanted)))
+        try:
+            content = await self._calls.run(f"reading {self._path!r}", lambda: self._read_blocking(len(wanted)))
+        except trio.Cancelled:
+            self._failure = SourceFailed(f"a read of {self._path!r} was given up, and what it brings is lost")
+            raise
         wanted[: len(content)] = content
         return len(content)
 
