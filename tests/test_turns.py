@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from streamfs import turns as module
 from streamfs.turns import AT_ONCE, Turns
 
 Handler = Callable[[bytes], Awaitable[None]]
@@ -213,6 +214,80 @@ async def test_a_flood_of_requests_leaves_other_tasks_their_turn() -> None:
             seen.append(answered)
             await trio.lowlevel.checkpoint()
     assert len(seen) >= 1000 // (AT_ONCE + 1)
+
+
+class Clock:
+    """In place of the module's time: goes on by a tenth of the time in which a next request is waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_look: Callable[[int], None] = lambda _: None) -> None:
+        self.looks = 0
+        self._at_look = at_look
+        monkeypatch.setattr(module, "_SEVERAL", True)
+        monkeypatch.setattr(module, "time", self)
+
+    def perf_counter(self) -> float:
+        self.looks += 1
+        self._at_look(self.looks)
+        return self.looks * module.NEXT_WITHIN / 10
+
+
+async def test_what_a_program_asks_next_is_waited_for_on_the_spot(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns_of_others = 0
+    seen: list[tuple[bytes, int]] = []
+
+    async def other() -> None:
+        nonlocal turns_of_others
+        while True:
+            turns_of_others += 1
+            await trio.lowlevel.checkpoint()
+
+    async def handler(request: bytes) -> None:
+        seen.append((request, turns_of_others))
+
+    async with running(handler) as (_, fd), trio.open_nursery() as nursery:
+        await trio.testing.wait_all_tasks_blocked()
+        Clock(monkeypatch, lambda looks: os.write(fd, b"b") if looks == 5 else None)
+        nursery.start_soon(other)
+        os.write(fd, b"a")
+        while len(seen) < 2:
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert [request for request, _ in seen] == [b"a", b"b"]
+    assert seen[0][1] == seen[1][1], "others had a turn in between"
+
+
+async def test_where_no_program_asks_so_soon_it_is_seldom_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = 0
+
+    async def handler(request: bytes) -> None:
+        nonlocal answered
+        answered += 1
+
+    waits: list[int] = []
+    async with running(handler) as (_, fd):
+        await trio.testing.wait_all_tasks_blocked()
+        clock = Clock(monkeypatch)
+        for number in range(200):
+            before = clock.looks
+            os.write(fd, b"x")
+            await trio.testing.wait_all_tasks_blocked()
+            if clock.looks > before:
+                waits.append(number)
+    assert answered == 200
+    assert waits[:3] == [0, 1, 2]
+    assert 3 < len(waits) <= 12, "not given up, or never tried again"
+
+
+async def test_with_one_processor_nobody_could_ask_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def handler(request: bytes) -> None: ...
+
+    async with running(handler) as (_, fd):
+        await trio.testing.wait_all_tasks_blocked()
+        clock = Clock(monkeypatch)
+        monkeypatch.setattr(module, "_SEVERAL", False)
+        os.write(fd, b"x")
+        await trio.testing.wait_all_tasks_blocked()
+    assert clock.looks == 0
 
 
 async def test_a_handler_that_fails_ends_the_loop_with_its_failure() -> None:
