@@ -797,11 +797,12 @@ class Cache:
             began = time.monotonic()
             try:
                 self.expire(began)
+                took = time.monotonic() - began
                 while self.pool.trim(_TRIM_STEP):
                     await trio.lowlevel.checkpoint()
             except Exception:  # a defect in one generation's end must not end the daemon
                 log.exception("dropping what is too old failed in an unforeseen way")
-            took = time.monotonic() - began
+                took = time.monotonic() - began
 
     def expire(self, now: float) -> None:
         """Drop everything that at `now` (time.monotonic()) was not used for its time to live, and that nobody holds and

@@ -366,8 +366,9 @@ class Generation:
         if self._window is not None and self._stream.is_url and self.handles:
             fetch.limit = None
 
-    def begin(self, body: Body, size: int) -> None:
-        """Use the body of an opening request, which starts at 0 and asked for `size` bytes."""
+    def begin(self, body: Body, size: int, latency: float) -> None:
+        """Use the body of an opening request, which starts at 0, asked for `size` bytes and took `latency` seconds."""
+        self._latency = latency
         self._run(self.plan.first(size), body, size)
 
     def _run(self, fetch: Fetch, body: Body | None = None, size: int = 0) -> None:
@@ -481,10 +482,12 @@ class Generation:
 
     def _spread(self, fetch: Fetch) -> None:
         """Go on in lanes, if that may pay."""
-        room = self._context.lanes < self._context.most_lanes
-        if room and self.plan.spread(fetch, self.buffer.size, trio.current_time()):
+        if self._may_spread(fetch) and self.plan.spread(fetch, self.buffer.size, trio.current_time()):
             self._context.lanes += 1
             self._fill_lanes()
+
+    def _may_spread(self, fetch: Fetch) -> bool:
+        return self._context.lanes < self._context.most_lanes and self.plan.may_spread(fetch, self.buffer.size)
 
     async def _drain(self, fetch: Fetch, body: Body, stop: int | None) -> bool:
         """Move the body's bytes into the buffer. True: this fetch has nothing more to do; False: the body ended where
@@ -507,11 +510,10 @@ class Generation:
         while True:
             if fetch.done:
                 return False
-            if fetch.resting and not self._at_size(writer) and not await self._may_go_on(fetch):
+            paused = trio.current_time()
+            if not await self._is_wanted(fetch, writer):
                 return True
-            if buffer.memory > cache.spill_threshold:
-                cache.grew(self)
-                await cache.ready(self)
+            began += trio.current_time() - paused  # what the reader or the disk take says nothing of the source
             if writer.needs_piece and cache.is_scarce_for(self):
                 await cache.share(self)
             if writer.met and not self._at_size(writer):
@@ -533,8 +535,24 @@ class Generation:
             fetch.position = writer.position
             self.received += count
             self._news.touch(self.stream_id)
+            if stop is not None and fetch.position > stop:
+                # To leave a body that goes on past what was asked is dear: only for lanes.
+                self._measure(writer.position - first, trio.current_time() - began)
+                if self._may_spread(fetch):
+                    return False
+                stop = self._end_of_request(fetch)
             if self._window is not None and (floor := self._window.advanced(fetch.position)):
                 await cache.trim(self, floor)
+
+    async def _is_wanted(self, fetch: Fetch, writer: Writer) -> bool:
+        """Wait while the fetch rests, or the disk is behind. False: more is wanted no longer."""
+        cache = self._context.cache
+        if fetch.resting and not self._at_size(writer) and not await self._may_go_on(fetch):
+            return False
+        if self.buffer.memory > cache.spill_threshold:
+            cache.grew(self)
+            await cache.ready(self)
+        return True
 
     def _at_size(self, writer: Writer) -> bool:
         """Whether all declared bytes of a one-way body are in, so that only its end is still to be seen."""

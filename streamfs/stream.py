@@ -398,10 +398,13 @@ class Stream:
         """A new generation, from a new run or request, which asks a ranged source for its `first` bytes."""
         options = self.entry.spec.options
         body: Body | None = None
+        latency = 0.0
         facts = Facts()
         if self.is_url:
             await self.context.cache.spare_descriptors()
+            asked = trio.current_time()
             body = await self.source.open(0, first, None)
+            latency = trio.current_time() - asked
             facts = body.facts
         if options.size is not None:
             if body is not None and facts.size not in (None, options.size):
@@ -420,7 +423,7 @@ class Stream:
         generation = Generation(self, self._last_number, facts)
         self._install(generation)
         if body is not None:
-            generation.begin(body, first)
+            generation.begin(body, first, latency)
             self._learned(facts)
         return generation
 

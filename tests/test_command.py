@@ -24,6 +24,7 @@ from streamfs.sources import command
 from streamfs.sources.base import Facts
 from streamfs.sources.command import ProcessBody, ProcessSource
 from streamfs.spec import CommandSource, ShellSource, StreamOptions, StreamSpec
+from tests.sourcefakes import until
 
 
 def source(what: str | tuple[str, ...], **options: object) -> ProcessSource:
@@ -370,6 +371,33 @@ async def test_closing_ends_a_large_session_with_hardly_a_descriptor_left(
     with none_left(spare), trio.fail_after(10):
         await body.aclose()
     assert not any(alive(int(pid)) for pid in said.split())
+
+
+async def test_those_of_a_session_that_have_ended_take_no_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found first, stay until their parent looks at them, and may be many."""
+    monkeypatch.setattr(command, "TERM_GRACE", 0.3)
+    shell = "for n in $(seq 40); do true & done; set -m; sleep 1000 & echo $!; exec sleep 1000"
+    body = await source(shell).open(0, None, None)
+    pid = int(await line(body))
+    stat = Path(f"/proc/{body._process.pid}/stat")
+    await until(lambda: "sleep" in stat.read_text())
+    with none_left(3), trio.fail_after(10):
+        await body.aclose()
+    assert not alive(pid)
+
+
+async def test_a_trial_of_the_launcher_that_fails_is_not_made_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = 0
+
+    def fails() -> tuple[str, ...]:
+        nonlocal trials
+        trials += 1
+        raise subprocess.TimeoutExpired("env", 10)
+
+    monkeypatch.setattr(command, "_launcher", fails)
+    monkeypatch.setattr(command._Trial, "failed", float("-inf"))
+    assert [await output_of("echo started") for _ in range(3)] == ["started\n"] * 3
+    assert trials == 1
 
 
 async def test_closing_waits_for_a_descriptor_rather_than_to_leave_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

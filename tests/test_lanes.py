@@ -129,6 +129,50 @@ async def test_where_the_line_itself_is_the_limit_lanes_end_and_no_byte_comes_tw
     assert link.origin.sent == SIZE
 
 
+class Ftp(Link):
+    """Its bodies go on past what was asked."""
+
+    async def open(self, start: int, stop: int | None, expect: Facts | None) -> FakeBody:
+        return await super().open(start, None, expect)
+
+
+async def test_lanes_are_begun_in_the_middle_of_a_body_that_goes_on_past_what_was_asked(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    link = Ftp(Origin(size=SIZE))
+    async with a_house(tmp_path, read_ahead=8 * MIB, memory=256 * MIB) as house:
+        whole, _, _ = await timed(house, link)
+    assert whole <= SIZE / RATE / 2.3
+    assert link.origin.sent == SIZE
+
+
+async def test_without_delay_such_a_body_is_read_to_its_end(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    link = Ftp(Origin(size=64 * MIB), delay=0.001)
+    async with a_house(tmp_path, read_ahead=8 * MIB, memory=256 * MIB) as house:
+        await timed(house, link)
+    assert link.origin.opens == [(0, None)]
+
+
+async def test_a_reader_that_pauses_does_not_make_its_link_seem_slow(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Or lanes would be compared with its pace, and kept whatever they bring."""
+    link = Link(Origin(size=SIZE), shared=RATE)
+    async with a_house(tmp_path, read_ahead=8 * MIB, memory=256 * MIB) as house:
+        stream = streamed(house, link)
+        handle = await stream.open()
+        position = 0
+        while position < SIZE:
+            position += len(await handle.read(position, MIB))
+            if position % (16 * MIB) == 0:
+                await trio.sleep(4)
+        assert stream.generation is not None
+        assert stream.generation.plan._rate >= RATE / 4
+        handle.close()
+
+
 async def test_lanes_that_did_not_pay_are_tried_again(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     """What was in their way may have been the machine, busy with something else for a second."""
     link = Link(Origin(size=SIZE), shared=RATE)

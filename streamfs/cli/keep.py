@@ -85,7 +85,8 @@ def _part_of(target: Path) -> Iterator[tuple[int, Callable[[int], None]]]:
 
     try:
         if mode is not None:
-            os.fchmod(fd, mode)
+            with _write_errors(target):
+                os.fchmod(fd, mode)
         yield fd, finish
     finally:
         os.close(fd)

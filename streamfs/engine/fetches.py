@@ -154,13 +154,9 @@ class FetchPlan:
     # Lanes
 
     def spread(self, fetch: Fetch, size: int | None, now: float) -> bool:
-        """`fetch` is about to ask for its next bytes: where its reader waits for them, and one connection is limited by
-        the delay of the link, it becomes the first of several lanes. True: it has."""
-        hungry = fetch.position - fetch.missed <= REORDER and (fetch.limit is None or fetch.ahead >= OPEN_ENDED)
-        delayed = self._latency >= LEAST_LATENCY and self._rate > 0
-        long = size is not None and size - fetch.position > WIDTHS[0] * SEGMENT
-        busy = self._lanes_failed or self._active or self._alone_at(fetch.position)
-        if not self.ranged or fetch.stop is not None or busy or not (hungry and delayed and long):
+        """`fetch` is about to ask for its next bytes: where `may_spread`, it becomes the first of several lanes. True:
+        it has."""
+        if not self.may_spread(fetch, size):
             return False
         self.lanes = Lanes(fetch.position, self._rate, now)
         self.lanes.reader = max(fetch.position, fetch.wanted)
@@ -169,6 +165,14 @@ class FetchPlan:
         fetch.start = fetch.position
         self.lanes.next = fetch.stop = fetch.limit = place[1]
         return True
+
+    def may_spread(self, fetch: Fetch, size: int | None) -> bool:
+        """Whether its reader waits for the next bytes, and one connection is limited by the delay of the link."""
+        hungry = fetch.position - fetch.missed <= REORDER and (fetch.limit is None or fetch.ahead >= OPEN_ENDED)
+        delayed = self._latency >= LEAST_LATENCY and self._rate > 0
+        long = size is not None and size - fetch.position > WIDTHS[0] * SEGMENT
+        busy = self._lanes_failed or self._active or self._alone_at(fetch.position)
+        return self.ranged and fetch.stop is None and not busy and hungry and delayed and long
 
     def end_of_request(self, fetch: Fetch) -> int | None:
         """Where the next request of `fetch` should end; None: nowhere."""

@@ -21,6 +21,7 @@ import signal
 import stat
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import trio
@@ -37,6 +38,7 @@ KILL_GRACE = 2.0  # seconds for the kernel to end what got SIGKILL; only sleep i
 _STDERR_READ = 1 << 16  # bytes a read; a default pipe holds no more
 _STDERR_READS = 16  # reads a wake-up at most, so that a flood of messages leaves time for other tasks
 _MESSAGE_TAIL = 300  # characters of standard error quoted in an error
+_TRIAL_AGAIN = 60.0  # seconds after a trial of the launcher that failed, in which there is no other
 _SPENT_RETRY = 0.05  # seconds between two looks for what is left of a session, where descriptors have run out
 
 _log = logging.getLogger(__name__)
@@ -267,15 +269,7 @@ def _prepare(argv: tuple[str, ...], cwd: str | None, environment: dict[str, str]
     except ValueError as error:  # a NUL byte or a lone surrogate
         raise SourceFailed(f"cannot run {argv[0]!r}: {error}") from error
     try:
-        with _TRIAL:
-            launcher = _launcher()
-    except (OSError, subprocess.SubprocessError) as error:
-        if isinstance(error, OSError) and error.errno in descriptors.SPENT:
-            raise descriptors.too_many() from error
-        _log.warning("starting %r without setpriv, whose trial failed: %s", argv[0], error)
-        launcher = ()
-    try:
-        return launcher, _umask()
+        return _tried_launcher(), _umask()
     except OSError as error:
         if error.errno in descriptors.SPENT:
             raise descriptors.too_many() from error
@@ -308,8 +302,27 @@ def _mode(path: str) -> int | None:
         return None
 
 
-_TRIAL = threading.Lock()
-"""One trial of the launcher does for all who wait for it, instead of one each, with its pipes."""
+class _Trial:
+    """Of the launcher. One does for all who wait for it, instead of one each, with its pipes."""
+
+    lock = threading.Lock()
+    failed = float("-inf")  # when the latest did; guarded by `lock`
+
+
+def _tried_launcher() -> tuple[str, ...]:
+    """`_launcher()`; empty where its trial fails, and for a while after that. Raises OSError where descriptors have
+    run out."""
+    with _Trial.lock:
+        if time.monotonic() - _Trial.failed < _TRIAL_AGAIN:
+            return ()
+        try:
+            return _launcher()
+        except (OSError, subprocess.SubprocessError) as error:
+            if isinstance(error, OSError) and error.errno in descriptors.SPENT:
+                raise
+            _log.warning("starting commands without setpriv, whose trial failed: %s", error)
+            _Trial.failed = time.monotonic()
+            return ()
 
 
 @functools.cache
@@ -432,12 +445,10 @@ async def _session_members(leader: int, opened: contextlib.ExitStack) -> dict[in
             for pid in (await _look_at_processes()).get(leader, ()):
                 if living and descriptors.are_short():
                     break
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    pidfd = os.pidfd_open(pid)
+                pidfd = _open_living(leader, pid)
+                if pidfd is not None:
                     opened.callback(os.close, pidfd)
-                    # Looked at again through the pidfd: the number may have passed to another process in between.
-                    if os.getsid(pid) == leader and not _has_ended(pidfd):
-                        living[pid] = pidfd
+                    living[pid] = pidfd
             break
         except OSError as error:
             if error.errno not in descriptors.SPENT:
@@ -445,6 +456,23 @@ async def _session_members(leader: int, opened: contextlib.ExitStack) -> dict[in
             if not living:
                 await trio.sleep(_SPENT_RETRY)
     return living
+
+
+def _open_living(leader: int, pid: int) -> int | None:
+    """A pidfd, to be closed; None where the process has ended, or is not of the session. Raises OSError where
+    descriptors have run out."""
+    pidfd: int | None = None
+    try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            pidfd = os.pidfd_open(pid)
+            # Looked at again through the pidfd: the number may have passed to another process in between.
+            if os.getsid(pid) == leader and not _has_ended(pidfd):
+                found, pidfd = pidfd, None
+                return found
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
+    return None
 
 
 class _Look:
