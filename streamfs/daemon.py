@@ -268,6 +268,7 @@ async def _serve(home: Home, lock: HomeLock, mountpoint: Path, options: MountOpt
             reporter = Reporter(filesystem, board, facts) if board is not None else None
             if reporter is not None:
                 await reporter.fill()
+                operations.show = reporter.flush
             _mount(operations, mountpoint, options)
             there = mounts.mounted_at(str(mountpoint))
             interrupts.device = there.device if there is not None else None

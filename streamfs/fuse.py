@@ -55,6 +55,19 @@ def _guarded(handler: _Handler) -> _Handler:
     return guarded  # type: ignore[return-value]
 
 
+def _shown(handler: _Handler) -> _Handler:
+    """Who asked for a change finds it wherever the daemon tells of its streams once the call has returned."""
+
+    @functools.wraps(handler)
+    async def change_and_show(operations: Operations, *arguments: Any, **named: Any) -> Any:
+        try:
+            return await handler(operations, *arguments, **named)
+        finally:
+            await operations.show()
+
+    return change_and_show  # type: ignore[return-value]
+
+
 def _program(pid: int) -> str | None:
     """The name of a process that is in a call of ours, as `ps` shows it; None where nothing can be seen of it."""
     try:
@@ -105,6 +118,8 @@ class Operations(pyfuse3.Operations):
         would be served any more. One that must not wait is refused: the kernel then reads for its program page by
         page, in the foreground, where there is no limit."""
         self._uid, self._gid = os.getuid(), os.getgid()
+        self.show: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        """Awaited after each change of streams, before it is answered: puts it where it can be looked up."""
 
     # Names
 
@@ -150,11 +165,13 @@ class Operations(pyfuse3.Operations):
         self._listings.pop(fh, None)
 
     @_guarded
+    @_shown
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         self._check_owner(ctx)
         await self._fs.unlink(parent_inode, name)
 
     @_guarded
+    @_shown
     async def rename(
         self,
         parent_inode_old: InodeT,
@@ -287,11 +304,13 @@ class Operations(pyfuse3.Operations):
         return [XAttrNameT(name.encode()) for name in self._fs.list_attributes(inode)]
 
     @_guarded
+    @_shown
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
         self._check_owner(ctx)
         await self._fs.set_attribute(inode, os.fsdecode(name), value)
 
     @_guarded
+    @_shown
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
         raise pyfuse3.FUSEError(errno.EACCES)
 
@@ -340,6 +359,7 @@ class Operations(pyfuse3.Operations):
         await self._fs.remove_folder(parent_inode, name)
 
     @_guarded
+    @_shown
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -355,6 +375,7 @@ class Operations(pyfuse3.Operations):
         return entry
 
     @_guarded
+    @_shown
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:

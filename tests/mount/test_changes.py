@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 from pathlib import Path
 
+from streamfs.board import NAME as BOARD_NAME
+from streamfs.board.reader import Board
 from tests.mount.mounted import Mounted, checked, names_in, wait_for
 from tests.mount.origin import ScriptedOrigin
 
@@ -129,6 +132,27 @@ def test_rm_of_a_folder_forgets_all_in_it(fs: Mounted) -> None:
     fs.umount()
     fs.mount()
     assert names_in(fs.mountpoint) == ["stays"]
+
+
+def test_what_was_changed_in_the_mount_is_on_the_board_at_once(fs: Mounted) -> None:
+    """From which `streamfs ls` and `status` read, without the daemon."""
+    for number in range(20):
+        fs.add(f"s{number}", "--", "echo", "hello")
+    with Board(fs.home / "run" / BOARD_NAME) as board:
+
+        def shown() -> set[str]:
+            return {row["name"] for row in board.streams()}
+
+        for number in range(10):
+            (fs.mountpoint / f"s{number}").unlink()
+            assert f"s{number}" not in shown()
+        for number in range(10, 20):
+            (fs.mountpoint / f"s{number}").rename(fs.mountpoint / f"t{number}")
+            assert f"t{number}" in shown() and f"s{number}" not in shown()
+        (fs.mountpoint / "link").symlink_to("http://127.0.0.1:9/x")
+        assert "link" in shown()
+        os.setxattr(fs.mountpoint / "t10", "user.streamfs.persist", b"1")
+        assert board.stream("t10")["persist"]
 
 
 def test_folders_move_on_the_command_line_with_and_without_a_daemon(fs: Mounted) -> None:
