@@ -58,6 +58,7 @@ class Reporter:
         self._lives: dict[int, _Life] = {}  # of streams that were used since the daemon began
         self._moving: set[int] = set()  # those of them whose rates must go down if nothing comes
         self._full = False
+        self._writing = trio.Lock()
         filesystem.news.on_news = self._wake
 
     async def fill(self) -> None:
@@ -123,7 +124,11 @@ class Reporter:
         self._board.stamp()
 
     async def flush(self) -> None:
-        """Write all that changed up to now."""
+        """Write all that changed up to now, whoever may have begun to write it."""
+        async with self._writing:
+            await self._flush()
+
+    async def _flush(self) -> None:
         changed, events = self._fs.news.take()
         changed.update(stream_id for stream_id in self._moving if self._lives[stream_id].rates_are_due())
         for event in events:

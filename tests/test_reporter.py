@@ -92,6 +92,24 @@ async def test_a_large_catalogue_is_filled_beside_everything_else(
             assert len(reader.streams()) == 500
 
 
+async def test_who_flushes_waits_for_what_another_has_begun_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SLICE", 0)  # others have a turn after each row
+    async with a_filesystem(tmp_path, {}) as fs:
+        with BoardWriter(tmp_path / "board", {}) as board, Board(tmp_path / "board") as reader:
+            keeper = Reporter(fs, board, {})
+            await keeper.fill()
+            await fs.add([spec_of(f"s{n}") for n in range(20)])
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(keeper.flush)
+                while not reader.streams():
+                    await trio.lowlevel.checkpoint()
+                assert len(reader.streams()) < 20
+                await keeper.flush()
+                assert len(reader.streams()) == 20
+
+
 async def test_what_is_flushed_is_on_the_board(tmp_path: Path) -> None:
     async with a_filesystem(tmp_path, {"a": Origin("a", size=1), "b": Origin("b", size=1)}) as fs:
         with BoardWriter(tmp_path / "board", {}) as board, Board(tmp_path / "board") as reader:
