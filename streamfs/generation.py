@@ -482,7 +482,8 @@ class Generation:
 
     def _spread(self, fetch: Fetch) -> None:
         """Go on in lanes, if that may pay."""
-        if self._may_spread(fetch) and self.plan.spread(fetch, self.buffer.size, trio.current_time()):
+        if self._may_spread(fetch):
+            self.plan.spread(fetch, self.buffer.size, trio.current_time())
             self._context.lanes += 1
             self._fill_lanes()
 

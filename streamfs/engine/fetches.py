@@ -84,8 +84,7 @@ class FetchPlan:
         self._jumps = 0  # fetches begun in a row from which nobody read on
         self.lanes: Lanes | None = None
         self._lanes_failed = False
-        self._lanes_again: int | None = None  # where they are tried once more after they did not pay
-        self._alone = RETRY  # bytes before that
+        self._alone = RETRY  # bytes that one fetch brings after lanes that did not pay, before they are tried once more
         self._latency = float("inf")  # seconds, the least so far
         self._rate = 0.0  # bytes a second of one fetch, the least so far; 0: not measured
         self._left: deque[int] = deque(maxlen=MOST_FETCHES)  # where the latest of those without read-ahead ended
@@ -153,39 +152,36 @@ class FetchPlan:
 
     # Lanes
 
-    def spread(self, fetch: Fetch, size: int | None, now: float) -> bool:
-        """`fetch` is about to ask for its next bytes: where `may_spread`, it becomes the first of several lanes. True:
-        it has."""
-        if not self.may_spread(fetch, size):
-            return False
+    def spread(self, fetch: Fetch, size: int | None, now: float) -> None:
+        """Call where `may_spread`, before `fetch` asks for its next bytes: it becomes the first of several lanes."""
+        if self.lanes is not None and self.lanes.over:
+            self._alone *= 2
         self.lanes = Lanes(fetch.position, self._rate, now)
         self.lanes.reader = max(fetch.position, fetch.wanted)
         place = self.lanes.place(0, size or 0)
         assert place is not None
         fetch.start = fetch.position
         self.lanes.next = fetch.stop = fetch.limit = place[1]
-        return True
 
     def may_spread(self, fetch: Fetch, size: int | None) -> bool:
         """Whether its reader waits for the next bytes, and one connection is limited by the delay of the link."""
         hungry = fetch.position - fetch.missed <= REORDER and (fetch.limit is None or fetch.ahead >= OPEN_ENDED)
         delayed = self._latency >= LEAST_LATENCY and self._rate > 0
         long = size is not None and size - fetch.position > WIDTHS[0] * SEGMENT
-        busy = self._lanes_failed or self._active or self._alone_at(fetch.position)
+        busy = self._lanes_failed or self._active or fetch.position < self._alone_until
         return self.ranged and fetch.stop is None and not busy and hungry and delayed and long
 
     def end_of_request(self, fetch: Fetch) -> int | None:
         """Where the next request of `fetch` should end; None: nowhere."""
         window = fetch.window()
-        if fetch.stop is not None or self._lanes_again is None or self._lanes_again <= fetch.position:
+        if fetch.stop is not None or self._lanes_failed or self._alone_until <= fetch.position:
             return window
-        return self._lanes_again if window is None else min(window, self._lanes_again)
+        return self._alone_until if window is None else min(window, self._alone_until)
 
-    def _alone_at(self, position: int) -> bool:
-        """Whether lanes are over there."""
-        if self.lanes is None or not self.lanes.over:
-            return False
-        return self._lanes_again is None or position < self._lanes_again
+    @property
+    def _alone_until(self) -> int:
+        """Up to where one fetch brings what follows lanes that did not pay; 0 where there are none such."""
+        return self.lanes.next + self._alone if self.lanes is not None and self.lanes.over else 0
 
     def lane(self, size: int | None) -> Fetch | None:
         """Another lane to run, if one is due; ask again until there is none."""
@@ -226,8 +222,6 @@ class FetchPlan:
 
     def _go_on_alone(self, missing: int, stop: int) -> Fetch:
         """Where lanes did not pay, one fetch goes on behind the last of them, at full speed from the start."""
-        self._lanes_again = missing + self._alone
-        self._alone *= 2
         fetch = Fetch(missing, stop, None if self.greedy else missing + self.read_ahead, self.read_ahead)
         self.fetches.append(fetch)
         return fetch
