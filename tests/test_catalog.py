@@ -384,12 +384,12 @@ def test_ten_thousand_are_added_and_a_hundred_thousand_loaded_in_time(path: Path
     with Catalog(path) as catalog:
         start = time.perf_counter()
         catalog.add_many(spec(f"f{i // 1000}/s{i}") for i in range(10_000))
-        assert time.perf_counter() - start < 30  # some 0.3 s on an idle machine
+        assert time.perf_counter() - start < 5
         catalog.add_many(spec(f"g{i // 1000}/s{i}", headers=(("A", "b"),)) for i in range(90_000))
     start = time.perf_counter()
     with Catalog(path) as catalog:
         assert len(catalog.all()) == 100_000
-    assert time.perf_counter() - start < 15  # some 0.5 s on an idle machine
+    assert time.perf_counter() - start < 3  # some 0.5 s on an idle machine
 
 
 PARTS = st.sampled_from(["a", "b", "a-", "a0"])

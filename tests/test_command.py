@@ -331,7 +331,7 @@ async def test_closing_ends_the_whole_session(shell: str, monkeypatch: pytest.Mo
     body = await source(shell).open(0, None, None)
     pid = int((await line(body)).split()[0])
     leader = body._process.pid
-    with trio.fail_after(7):
+    with trio.fail_after(3):
         await body.aclose()
     assert not alive(pid) and not alive(leader)
     assert str(leader) not in os.listdir("/proc"), "a zombie is left"  # noqa: PTH208

@@ -14,7 +14,7 @@ from tests.mount.origin import Document, ScriptedOrigin
 MIB = 1 << 20
 PROMISED = 1.0
 """Seconds within which a reader that was told to stop has ended."""
-SLACK = 4.0
+SLACK = 1.0
 """Seconds that a busy machine may take to notice."""
 
 

@@ -27,7 +27,7 @@ COUNT = 1000 if int(os.environ.get("STREAMFS_SOAK", "1")) > 1 else 200
 NOBODY = 65534
 PACKAGE = Path(__file__).parents[2]
 MIB = 1 << 20
-SLACK = 4.0
+SLACK = 1.0
 """Seconds that a busy machine may take besides the second that is promised."""
 
 _AS_NOBODY = f"""
