@@ -408,8 +408,10 @@ def _signal_group(leader: int, signum: signal.Signals) -> None:
 async def _kill_session(leader: int) -> None:
     """Whatever is left of the session gets SIGKILL, and KILL_GRACE to end."""
     _signal_group(leader, signal.SIGKILL)  # first what needs no descriptor
-    with trio.move_on_after(KILL_GRACE):
+    with trio.move_on_after(KILL_GRACE) as patience:
         await _signal_until_gone(leader, signal.SIGKILL)
+    if patience.cancelled_caught:
+        _log.warning("of the session of process %d something may be left: it is left to itself", leader)
 
 
 async def _signal_until_gone(leader: int, signum: signal.Signals) -> None:

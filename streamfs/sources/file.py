@@ -337,7 +337,7 @@ def _path_of(url: str) -> str:
 def _open(path: str, descriptor: Descriptor) -> _Opened:
     """Open and describe the file (in a thread). Raises OSError, SourceFailed, TooManyFiles."""
     _refuse(path, Path(path).stat().st_mode)  # before opening: the errno of open would say less
-    descriptors.take_one_more()
+    descriptors.take_one_more()  # of those that threads open at this moment, a few may go past it
     descriptor.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     with descriptor as fd:
         status = os.fstat(fd)
