@@ -34,15 +34,15 @@ from streamfs.news import News
 log = logging.getLogger(__name__)
 
 BACKLOG = 32 * 1024 * 1024
-"""Bytes one stream may hold in memory past the spill threshold while the disk catches up: a guess at what smooths
-a disk's pauses without starving other streams of memory."""
+"""Bytes one stream may hold in memory past the spill threshold while the disk catches up, however short memory is: a
+guess at what smooths a disk's pauses without starving other streams. Half of what is free it may hold in any case."""
 ROOMY, ROOMY_FOR = 4 << 30, 0.25
 """A disk that had ROOMY bytes to spare is not asked again for so many seconds, in which no disk takes as much: each
 question is a hop to a thread, and would come once for every step of spilling."""
 ROOMY_CACHE = 256 * 1024 * 1024
 """A quota of so many bytes is not felt where a step takes LARGE_BATCH."""
-LARGE_BATCH = 16 * 1024 * 1024
-"""Most bytes of one step of spilling where the disk is behind: half of BACKLOG, so that a fetch goes on meanwhile."""
+LARGE_BATCH = 32 * 1024 * 1024
+"""Most bytes of one step of spilling where the disk is behind: each costs turns of trio, in which the disk rests."""
 FREE_FLOOR = 64 * 1024 * 1024
 """Bytes the cache leaves free on its file system, so that it is never the one that fills the disk to the brim."""
 DISK_RETRY = 5.0
@@ -343,12 +343,14 @@ class Cache:
     async def ready(self, generation: Cached) -> None:
         """Wait while the generation's backlog of bytes to spill is too long. Ends when the disk has caught up, or has
         turned out not to take more, or to hang."""
-        limit = self.spill_threshold + BACKLOG
-        while generation.buffer.memory > limit and self.disk_error is None:
+        while generation.buffer.memory > self._most_in_memory() and self.disk_error is None:
             try:
                 await self._wait_for_move()
             except _DiskHangs:
                 return
+
+    def _most_in_memory(self) -> int:
+        return self.spill_threshold + max(BACKLOG, (self.pool.budget - self.pool.used) // 2)
 
     def is_scarce_for(self, generation: Cached) -> bool:
         """Whether the next piece of memory should be others': what cannot be had again, and therefore goes nowhere but
@@ -630,11 +632,11 @@ class Cache:
         return pressed and generation.buffer.forget_memory(LARGE, all_of_it=True) > 0
 
     def _batch(self, generation: Cached) -> int:
-        """Bytes for one step of spilling. Each costs some turns of trio, so that more go at once where the disk is
-        behind, unless so many would matter to the quota or the disk."""
+        """Bytes for one step of spilling. More go at once where the disk is behind, though not all, so that a fetch
+        goes on meanwhile; but not where so many would matter to the quota or the disk."""
         behind = generation.buffer.memory - self.spill_threshold
         roomy = time.monotonic() < self._roomy_until and (self.size is None or self.size >= ROOMY_CACHE)
-        most = max(SPILL_BATCH, min(behind, LARGE_BATCH)) if roomy else SPILL_BATCH
+        most = max(SPILL_BATCH, min(behind // 2, LARGE_BATCH)) if roomy else SPILL_BATCH
         return min(generation.buffer.memory, most)
 
     @staticmethod

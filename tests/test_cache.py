@@ -90,6 +90,35 @@ async def test_a_stream_that_came_to_its_end_takes_no_more_disk_than_its_bytes(t
         handle.close()
 
 
+async def test_while_the_disk_is_behind_a_stream_takes_half_of_what_memory_is_free_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, real = threading.Event(), Recording.append
+
+    def waiting(recording: Recording, runs: Any) -> Any:
+        assert goes_on.wait(30)
+        return real(recording, runs)
+
+    monkeypatch.setattr(Recording, "append", waiting)
+    monkeypatch.setattr(cache, "BACKLOG", MIB)
+    origin = Origin("much", size=40 * MIB, piece=MIB)
+    other = Origin("other", size=4 * MIB, piece=MIB)
+    async with a_house(tmp_path, memory=30 * MIB, spill_threshold=MIB, read_ahead=40 * MIB) as house:
+        stream = house.stream(origin)
+        handle = await stream.open()
+        buffer = handle.generation.buffer
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(handle.generation.fetch_all)
+            await until(lambda: buffer.memory > 10 * MIB)  # m = threshold + (budget - m) / 2, and a piece
+            await settled()
+            assert buffer.memory <= 13 * MIB
+            assert await read_all(house.stream(other)) == other.content(), "others have memory while the disk waits"
+            goes_on.set()
+        assert await read_all(stream) == origin.content()
+        assert origin.sent == origin.size
+        handle.close()
+
+
 async def test_many_streams_share_a_small_budget_without_a_wrong_byte_or_a_lack_of_space(tmp_path: Path) -> None:
     origins = [Origin(f"s{i}", size=3 * MIB, ranged=i % 2 == 0, piece=MIB) for i in range(8)]
     async with a_house(tmp_path, memory=4 * MIB, spill_threshold=MIB, read_ahead=MIB) as house:
