@@ -1,4 +1,5 @@
-"""The libcurl transport over ftp, ftps and sftp: replies dressed as HTTP, from vsftpd and OpenSSH."""
+"""Files of ftp, ftps and sftp servers, by libcurl and by the ftp transport: replies dressed as HTTP, from vsftpd and
+OpenSSH."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ from typing import BinaryIO
 import pytest
 import trio
 
-from streamfs.sources.curl import CurlResponse, CurlTransport
-from streamfs.sources.transport import Identity, Request, TransportError
+from streamfs.sources.curl import CurlTransport
+from streamfs.sources.ftp import FtpTransport
+from streamfs.sources.transport import Identity, Request, Response, Transport, TransportError
 from tests import servers
 from tests.servers import Certificates, Server
 
@@ -68,33 +70,45 @@ class Site:
     server: Server
 
 
-@pytest.fixture(params=["ftp", "ftps", "sftp"])
+@pytest.fixture(params=["ftp", "ftp-own", "ftps", "sftp"])
 def site(request: pytest.FixtureRequest, certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> Site:
-    server: Server = request.getfixturevalue(request.param)
+    scheme = request.param.removesuffix("-own")
+    server: Server = request.getfixturevalue(scheme)
     folder, identity = "", Identity()
     if request.param == "ftps":
         identity = Identity(cacert=str(certificates.authority))
     elif request.param == "sftp":
         folder, identity = str(server.root), Identity(key=str(server.files["key"]))
         monkeypatch.setenv("STREAMFS_KNOWN_HOSTS", str(server.files["known_hosts"]))
-    base = f"{request.param}://{server.authority}{folder}"
-    return Site(base, f"{request.param}://pinned.test:{server.port}{folder}", identity, server)
+    base = f"{scheme}://{server.authority}{folder}"
+    return Site(base, f"{scheme}://pinned.test:{server.port}{folder}", identity, server)
 
 
 @pytest.fixture
-async def transport() -> AsyncIterator[CurlTransport]:
-    async with CurlTransport() as made:
-        yield made
+async def transport(request: pytest.FixtureRequest) -> AsyncIterator[Transport]:
+    """libcurl's, but where the site says otherwise."""
+    own = hasattr(request.node, "callspec") and request.node.callspec.params.get("site") == "ftp-own"
+    made: Transport = FtpTransport() if own else CurlTransport()
+    yield made
+    await made.aclose()
+
+
+@pytest.fixture(params=[CurlTransport, FtpTransport])
+async def either(request: pytest.FixtureRequest) -> AsyncIterator[Transport]:
+    """Each transport that speaks ftp."""
+    made: Transport = request.param()
+    yield made
+    await made.aclose()
 
 
 async def get(
-    transport: CurlTransport, site: Site, name: str, *headers: tuple[str, str], method: str = "GET"
-) -> tuple[CurlResponse, bytes]:
+    transport: Transport, site: Site, name: str, *headers: tuple[str, str], method: str = "GET"
+) -> tuple[Response, bytes]:
     request = Request(f"{site.base}/{name}", headers=headers, identity=site.identity, method=method)  # type: ignore[arg-type]
     return await take(transport, request)
 
 
-async def take(transport: CurlTransport, request: Request) -> tuple[CurlResponse, bytes]:
+async def take(transport: Transport, request: Request) -> tuple[Response, bytes]:
     response = await transport.request(request)
     try:
         return response, await body_of(response)
@@ -102,7 +116,7 @@ async def take(transport: CurlTransport, request: Request) -> tuple[CurlResponse
         await response.aclose()
 
 
-async def body_of(response: CurlResponse) -> bytes:
+async def body_of(response: Response) -> bytes:
     memory = memoryview(bytearray(100_000))
     received = bytearray()
     while count := await response.receive_into(memory):
@@ -110,7 +124,7 @@ async def body_of(response: CurlResponse) -> bytes:
     return bytes(received)
 
 
-async def test_a_whole_file_with_size_and_date(transport: CurlTransport, site: Site) -> None:
+async def test_a_whole_file_with_size_and_date(transport: Transport, site: Site) -> None:
     response, body = await get(transport, site, "small")
     headers = dict(response.headers)
     assert (response.status, response.ending) == (200, "length")
@@ -134,7 +148,7 @@ async def test_a_whole_file_with_size_and_date(transport: CurlTransport, site: S
     ],
 )
 async def test_a_range_gives_206_and_just_those_bytes(
-    transport: CurlTransport, site: Site, asked: str, first: int, end: int
+    transport: Transport, site: Site, asked: str, first: int, end: int
 ) -> None:
     response, body = await get(transport, site, "small", ("Range", asked))
     headers = dict(response.headers)
@@ -144,7 +158,7 @@ async def test_a_range_gives_206_and_just_those_bytes(
     assert body == SMALL[first:end]
 
 
-async def test_many_ranges_in_a_row_rebuild_the_file(transport: CurlTransport, site: Site) -> None:
+async def test_many_ranges_in_a_row_rebuild_the_file(transport: Transport, site: Site) -> None:
     step = 1_500_000
     rebuilt = b""
     for first in range(0, len(BIG), step):
@@ -154,7 +168,7 @@ async def test_many_ranges_in_a_row_rebuild_the_file(transport: CurlTransport, s
 
 
 @pytest.mark.parametrize("offset", [0, 1, 1000])
-async def test_a_range_past_the_end_gives_416_with_the_size(transport: CurlTransport, site: Site, offset: int) -> None:
+async def test_a_range_past_the_end_gives_416_with_the_size(transport: Transport, site: Site, offset: int) -> None:
     response, body = await get(transport, site, "small", ("Range", f"bytes={len(SMALL) + offset}-"))
     assert (response.status, body) == (416, b"")
     assert dict(response.headers)["content-range"] == f"bytes */{len(SMALL)}"
@@ -165,49 +179,49 @@ async def test_a_range_past_the_end_gives_416_with_the_size(transport: CurlTrans
     [(formatdate(MODIFIED, usegmt=True), 206), (formatdate(MODIFIED - 1, usegmt=True), 200), ('"tag"', 200)],
 )
 async def test_if_range_gives_the_part_of_the_known_version_only(
-    transport: CurlTransport, site: Site, condition: str, status: int
+    transport: Transport, site: Site, condition: str, status: int
 ) -> None:
     response, body = await get(transport, site, "small", ("Range", "bytes=5-9"), ("If-Range", condition))
     assert response.status == status
     assert body == (SMALL[5:10] if status == 206 else SMALL)
 
 
-async def test_an_empty_file_has_length_0(transport: CurlTransport, site: Site) -> None:
+async def test_an_empty_file_has_length_0(transport: Transport, site: Site) -> None:
     response, body = await get(transport, site, "empty")
     assert (response.status, body) == (200, b"")
     assert dict(response.headers)["content-length"] == "0"
 
 
-async def test_head_gives_the_facts_alone(transport: CurlTransport, site: Site) -> None:
+async def test_head_gives_the_facts_alone(transport: Transport, site: Site) -> None:
     response, body = await get(transport, site, "small", method="HEAD")
     assert (response.status, body) == (200, b"")
     assert dict(response.headers)["content-length"] == str(len(SMALL))
 
 
-async def test_escapes_in_the_path_are_undone(transport: CurlTransport, site: Site) -> None:
+async def test_escapes_in_the_path_are_undone(transport: Transport, site: Site) -> None:
     _, body = await get(transport, site, "a%20b%23%3F%25.bin")
     assert body == SMALL
 
 
 @pytest.mark.parametrize("name", ["none", "nofolder/none"])
-async def test_a_missing_file_is_404(transport: CurlTransport, site: Site, name: str) -> None:
+async def test_a_missing_file_is_404(transport: Transport, site: Site, name: str) -> None:
     response, body = await get(transport, site, name)
     assert (response.status, body) == (404, b"")
 
 
-async def test_a_folder_is_refused(transport: CurlTransport, site: Site) -> None:
+async def test_a_folder_is_refused(transport: Transport, site: Site) -> None:
     with pytest.raises(TransportError) as caught:
         await get(transport, site, "")
     assert caught.value.kind == "refused"
 
 
-async def test_the_pinned_address_is_dialled_for_control_and_data(transport: CurlTransport, site: Site) -> None:
+async def test_the_pinned_address_is_dialled_for_control_and_data(transport: Transport, site: Site) -> None:
     request = Request(f"{site.other}/small", address="127.0.0.1", identity=site.identity)
     _, body = await take(transport, request)
     assert body == SMALL
 
 
-async def test_a_slow_reader_gets_every_byte_and_does_not_slow_another(transport: CurlTransport, site: Site) -> None:
+async def test_a_slow_reader_gets_every_byte_and_does_not_slow_another(transport: Transport, site: Site) -> None:
     behind = await transport.request(Request(f"{site.base}/big", identity=site.identity))
     with trio.fail_after(20):
         _, body = await get(transport, site, "big")
@@ -216,18 +230,20 @@ async def test_a_slow_reader_gets_every_byte_and_does_not_slow_another(transport
     await behind.aclose()
 
 
-async def test_a_cancelled_transfer_is_gone_and_the_next_one_works(transport: CurlTransport, site: Site) -> None:
+async def test_a_cancelled_transfer_is_gone_and_the_next_one_works(transport: Transport, site: Site) -> None:
     for _ in range(3):
         response = await transport.request(Request(f"{site.base}/big", identity=site.identity))
         assert await response.receive_into(memoryview(bytearray(10))) > 0
-        assert transport.active_transfers == 1
+        if isinstance(transport, CurlTransport):
+            assert transport.active_transfers == 1
         await response.aclose()
-        assert transport.active_transfers == 0
+        if isinstance(transport, CurlTransport):
+            assert transport.active_transfers == 0
     _, body = await get(transport, site, "small")
     assert body == SMALL
 
 
-async def test_whole_files_reuse_the_logged_in_connection(transport: CurlTransport, site: Site) -> None:
+async def test_whole_files_reuse_the_logged_in_connection(transport: Transport, site: Site) -> None:
     before = logins(site.server)
     for _ in range(3):
         await get(transport, site, "small")
@@ -235,7 +251,7 @@ async def test_whole_files_reuse_the_logged_in_connection(transport: CurlTranspo
 
 
 async def test_a_reader_who_stops_at_the_known_length_leaves_the_connection_too(
-    transport: CurlTransport, site: Site
+    transport: Transport, site: Site
 ) -> None:
     before = logins(site.server)
     for _ in range(3):
@@ -252,8 +268,9 @@ def logins(server: Server) -> int:
     return log.count("OK LOGIN") + log.count("Accepted publickey")
 
 
+@pytest.mark.parametrize("site", ["ftp", "ftps", "sftp"], indirect=True)
 @pytest.mark.parametrize("kind", ["http", "socks"])
-async def test_a_proxy_carries_file_transfers(transport: CurlTransport, site: Site, kind: str) -> None:
+async def test_a_proxy_carries_file_transfers(transport: Transport, site: Site, kind: str) -> None:
     start = servers.http_proxy if kind == "http" else servers.socks_proxy
     with start() as proxy:
         scheme = "http" if kind == "http" else "socks5h"
@@ -267,15 +284,13 @@ async def test_a_proxy_carries_file_transfers(transport: CurlTransport, site: Si
 # -- logins and host keys
 
 
-async def test_a_refused_ftp_login_is_401(transport: CurlTransport, ftp: Server) -> None:
-    response, _ = await take(transport, Request(f"ftp://somebody:wrong@{ftp.authority}/small"))
+async def test_a_refused_ftp_login_is_401(either: Transport, ftp: Server) -> None:
+    response, _ = await take(either, Request(f"ftp://somebody:wrong@{ftp.authority}/small"))
     assert response.status == 401
     assert "wrong" not in response.reason
 
 
-async def test_a_refused_ssh_key_is_401(
-    transport: CurlTransport, sftp: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_refused_ssh_key_is_401(transport: Transport, sftp: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STREAMFS_KNOWN_HOSTS", str(sftp.files["known_hosts"]))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     identity = Identity(key=str(sftp.files["stranger"]))
@@ -284,7 +299,7 @@ async def test_a_refused_ssh_key_is_401(
 
 
 async def test_a_default_ssh_key_is_found(
-    transport: CurlTransport, sftp: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    transport: Transport, sftp: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("STREAMFS_KNOWN_HOSTS", raising=False)
@@ -298,7 +313,7 @@ async def test_a_default_ssh_key_is_found(
 
 @pytest.mark.parametrize("file", ["empty", "missing"])
 async def test_an_unknown_host_key_is_refused(
-    transport: CurlTransport, sftp: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str
+    transport: Transport, sftp: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str
 ) -> None:
     known = tmp_path / "known_hosts"
     if file == "empty":
@@ -320,7 +335,7 @@ def sftp_request(server: Server, *, insecure: bool = False) -> Request:
 
 
 async def test_a_changed_host_key_is_refused(
-    transport: CurlTransport, sftp: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    transport: Transport, sftp: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     other = (sftp.home / "stranger.pub").read_text().split()
     known = tmp_path / "known_hosts"
@@ -335,7 +350,7 @@ async def test_a_changed_host_key_is_refused(
 
 
 async def test_a_hashed_known_hosts_file_is_understood(
-    transport: CurlTransport, sftp: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    transport: Transport, sftp: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     known = tmp_path / "known_hosts"
     shutil.copy(sftp.files["known_hosts"], known)
@@ -348,7 +363,7 @@ async def test_a_hashed_known_hosts_file_is_understood(
 
 
 async def test_insecure_skips_the_host_key_and_lends_its_connection_to_nobody(
-    transport: CurlTransport, sftp: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    transport: Transport, sftp: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("STREAMFS_KNOWN_HOSTS", str(tmp_path / "none"))
     _, body = await take(transport, sftp_request(sftp, insecure=True))
@@ -358,14 +373,14 @@ async def test_insecure_skips_the_host_key_and_lends_its_connection_to_nobody(
     assert caught.value.kind == "tls"
 
 
-async def test_an_ftps_server_of_an_unknown_authority_is_a_tls_error(transport: CurlTransport, ftps: Server) -> None:
+async def test_an_ftps_server_of_an_unknown_authority_is_a_tls_error(transport: Transport, ftps: Server) -> None:
     with pytest.raises(TransportError) as caught:
         await take(transport, Request(f"ftps://{ftps.authority}/small"))
     assert caught.value.kind == "tls"
 
 
 @pytest.mark.parametrize("scheme", ["ftp", "ftps", "sftp"])
-async def test_nobody_there_is_a_connect_error(transport: CurlTransport, scheme: str) -> None:
+async def test_nobody_there_is_a_connect_error(transport: Transport, scheme: str) -> None:
     with pytest.raises(TransportError) as caught:
         await take(transport, Request(f"{scheme}://127.0.0.1:{servers.free_port()}/small"))
     assert caught.value.kind == "connect"
@@ -455,9 +470,9 @@ class ScriptedFtp:
             connection.sendall(reply + b"\r\n")
 
 
-async def test_an_ftp_body_shorter_than_its_size_is_truncated(transport: CurlTransport) -> None:
+async def test_an_ftp_body_shorter_than_its_size_is_truncated(either: Transport) -> None:
     with ScriptedFtp(size=1000, sent=b"x" * 400, final=b"226 done").serving() as url:
-        response = await transport.request(Request(url))
+        response = await either.request(Request(url))
         view = memoryview(bytearray(1000))
         assert await response.receive_into(view) == 400
         for _ in range(2):
@@ -467,7 +482,7 @@ async def test_an_ftp_body_shorter_than_its_size_is_truncated(transport: CurlTra
         await response.aclose()
 
 
-async def test_a_silent_ftp_server_at_the_end_holds_up_nobody_and_no_byte(transport: CurlTransport) -> None:
+async def test_a_silent_ftp_server_at_the_end_holds_up_nobody_and_no_byte(either: Transport) -> None:
     gaps = []
 
     async def tick() -> None:
@@ -480,14 +495,14 @@ async def test_a_silent_ftp_server_at_the_end_holds_up_nobody_and_no_byte(transp
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tick)
             with trio.fail_after(5):
-                _, body = await take(transport, Request(url))
+                _, body = await take(either, Request(url))
             nursery.cancel_scope.cancel()
     assert body == b"x" * 100_000
     assert max(gaps) < 1
 
 
 async def test_a_silent_sftp_server_at_the_end_holds_up_nobody_and_no_byte(
-    transport: CurlTransport, sftp: Server, monkeypatch: pytest.MonkeyPatch
+    transport: Transport, sftp: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STREAMFS_KNOWN_HOSTS", str(sftp.files["known_hosts"]))
     response = await transport.request(sftp_request(sftp))
@@ -515,9 +530,9 @@ def descendants(pid: int) -> list[int]:
     return children + [found for child in children for found in descendants(child)]
 
 
-async def test_a_complaint_after_the_last_ftp_byte_is_heard(transport: CurlTransport) -> None:
+async def test_a_complaint_after_the_last_ftp_byte_is_heard(either: Transport) -> None:
     with ScriptedFtp(size=400, sent=b"x" * 400, final=b"451 disk error").serving() as url:
-        response = await transport.request(Request(url))
+        response = await either.request(Request(url))
         with pytest.raises(TransportError) as caught:
             await body_of(response)
         assert caught.value.kind == "truncated"
@@ -526,10 +541,10 @@ async def test_a_complaint_after_the_last_ftp_byte_is_heard(transport: CurlTrans
 
 @pytest.mark.parametrize("final", [None, b"426 broken off", b"451 disk error"])
 async def test_an_ftp_body_without_size_that_the_server_breaks_off_is_truncated(
-    transport: CurlTransport, final: bytes | None
+    either: Transport, final: bytes | None
 ) -> None:
     with ScriptedFtp(size=None, sent=b"x" * 400, final=final).serving() as url:
-        response = await transport.request(Request(url))
+        response = await either.request(Request(url))
         assert (response.status, "content-length" in dict(response.headers)) == (200, False)
         with pytest.raises(TransportError) as caught:
             await body_of(response)
@@ -537,21 +552,21 @@ async def test_an_ftp_body_without_size_that_the_server_breaks_off_is_truncated(
         await response.aclose()
 
 
-async def test_an_ftp_body_without_size_has_its_end_confirmed(transport: CurlTransport) -> None:
+async def test_an_ftp_body_without_size_has_its_end_confirmed(either: Transport) -> None:
     with ScriptedFtp(size=None, sent=b"x" * 400, final=b"226 done").serving() as url:
-        response, body = await take(transport, Request(url, headers=(("Range", "bytes=10-"),)))
+        response, body = await take(either, Request(url, headers=(("Range", "bytes=10-"),)))
     assert (response.status, response.ending, len(body)) == (200, "chunked", 400)
 
 
-async def test_an_ftp_server_without_dates_gives_none(transport: CurlTransport) -> None:
+async def test_an_ftp_server_without_dates_gives_none(either: Transport) -> None:
     with ScriptedFtp(size=400, sent=b"x" * 400, final=b"226 done", date=b"500 what?").serving() as url:
-        response, body = await take(transport, Request(url))
+        response, body = await take(either, Request(url))
     assert ("last-modified" in dict(response.headers), len(body)) == (False, 400)
 
 
-async def test_an_ftp_body_longer_than_its_size_is_never_taken_for_whole(transport: CurlTransport) -> None:
+async def test_an_ftp_body_longer_than_its_size_is_never_taken_for_whole(either: Transport) -> None:
     with ScriptedFtp(size=400, sent=b"x" * 1000, final=b"226 done").serving() as url:
-        response = await transport.request(Request(url))
+        response = await either.request(Request(url))
         try:
             body = await body_of(response)
         except TransportError as error:
@@ -561,7 +576,7 @@ async def test_an_ftp_body_longer_than_its_size_is_never_taken_for_whole(transpo
         await response.aclose()
 
 
-async def test_a_busy_ftp_server_is_503(transport: CurlTransport) -> None:
+async def test_a_busy_ftp_server_is_503(either: Transport) -> None:
     async def busy(stream: trio.SocketStream) -> None:
         await stream.send_all(b"421 too many users\r\n")
         await stream.receive_some()
@@ -570,6 +585,6 @@ async def test_a_busy_ftp_server_is_503(transport: CurlTransport) -> None:
         opened = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, busy, opened)
         url = f"ftp://127.0.0.1:{opened[0].socket.getsockname()[1]}/file"
-        response, _ = await take(transport, Request(url))
+        response, _ = await take(either, Request(url))
         nursery.cancel_scope.cancel()
     assert response.status == 503

@@ -1,5 +1,5 @@
 """URL sources over libcurl and real servers: ftp in clear, with explicit and with implicit TLS, sftp, http through
-proxies, HTTP/2."""
+proxies, HTTP/2; and over the transport that plain ftp has of its own (`ftp-own`)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BIG = random.Random(2).randbytes(32 * MIB + 17)  # several times what sockets an
 OLD = 1_700_000_000
 """A modification time long enough ago to name a version."""
 
-FILE_KINDS = ["ftp", "ftp-tls", "ftps", "sftp"]
+FILE_KINDS = ["ftp", "ftp-own", "ftp-tls", "ftps", "sftp"]
 PROXIED_KINDS = ["http-proxy", "connect-proxy", "socks5", "socks5h"]
 KINDS = [*FILE_KINDS, *PROXIED_KINDS, "h2"]
 
@@ -69,7 +69,7 @@ class Place:
         match self.kind:
             case "sftp":
                 return log.count("Accepted publickey")
-            case "ftp" | "ftp-tls" | "ftps":
+            case "ftp" | "ftp-own" | "ftp-tls" | "ftps":
                 return log.count("OK LOGIN")
         return len(set((self.server.home / "connections.log").read_text().split()))
 
@@ -104,7 +104,7 @@ def places(root: Path, certificates: Certificates) -> Iterator[Callable[[str], P
         def made(kind: str) -> Place:
             trusting: dict[str, object] = {"cacert": str(certificates.authority)}
             match kind:
-                case "ftp":
+                case "ftp" | "ftp-own":
                     server = stack.enter_context(servers.vsftpd(root))
                     return Place(kind, server, root, f"ftp://{server.authority}")
                 case "ftp-tls":
@@ -137,9 +137,11 @@ def places(root: Path, certificates: Certificates) -> Iterator[Callable[[str], P
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest, places: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch) -> Place:
-    """The place of the kind that the test is parametrized with; its transport is libcurl, its host key known."""
+    """The place of the kind that the test is parametrized with; its transport is libcurl but where the
+    kind says otherwise, its host key known."""
     found = places(request.param)
-    monkeypatch.setenv("STREAMFS_TRANSPORT", "curl")
+    if found.kind != "ftp-own":
+        monkeypatch.setenv("STREAMFS_TRANSPORT", "curl")
     if found.kind == "sftp":
         monkeypatch.setenv(KNOWN_HOSTS_VARIABLE, str(found.server.files["known_hosts"]))
     return found
@@ -397,6 +399,8 @@ async def test_two_bodies_at_once_do_not_disturb_each_other(place: Place, transp
 
 async def at_rest(transports: Transports) -> None:
     """Wait until no transfer is under way: those of files end in threads of their own, soon after."""
+    if transports._ftp is not None:
+        return  # nothing there goes on by itself
     loops = [transport._loop for transport in transports._files.values()]  # type: ignore[attr-defined]
     carriers = [transports._curl, *(loop.transport for loop in loops)]
     carriers = [carrier for carrier in carriers if carrier is not None]
@@ -502,7 +506,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(
     assert (await read(made))[1] == DATA  # told to take any
 
 
-@pytest.mark.parametrize("place", ["ftp"], indirect=True)
+@pytest.mark.parametrize("place", ["ftp", "ftp-own"], indirect=True)
 async def test_explicit_tls_is_demanded_not_tried(
     place: Place, transports: Transports, certificates: Certificates
 ) -> None:
@@ -582,7 +586,7 @@ async def test_file_protocols_pass_through_proxies(place: Place, transports: Tra
 # -- servers that fall silent
 
 
-@pytest.mark.parametrize("place", ["ftp", "ftps", "sftp", "h2"], indirect=True)
+@pytest.mark.parametrize("place", ["ftp", "ftp-own", "ftps", "sftp", "h2"], indirect=True)
 async def test_giving_up_a_body_is_quick_when_the_server_is_silent(place: Place) -> None:
     """The loop is not held up, either: closing a body is one synchronous step of libcurl."""
     stopped: list[int] = []

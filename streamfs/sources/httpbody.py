@@ -15,6 +15,7 @@ from streamfs.errors import SourceChanged, SourceFailed, SourceStalled
 from streamfs.sources.attempts import ATTEMPTS, Attempts
 from streamfs.sources.base import Facts
 from streamfs.sources.decoding import Decoder
+from streamfs.sources.ftp import FtpResponse
 from streamfs.sources.overlap import Marks
 from streamfs.sources.plain import PlainResponse
 from streamfs.sources.replies import Asked, Ended, Part, Whole
@@ -275,7 +276,7 @@ class _Flow:
 
     def receive_ready(self, view: memoryview) -> int:
         """What can be given without waiting; 0 where that takes `receive_into`. Raises TransportError."""
-        if self._decoder is None and isinstance(self.response, PlainResponse):
+        if self._decoder is None and isinstance(self.response, PlainResponse | FtpResponse):
             return self.response.receive_ready(view)
         return 0
 

@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 import trio
 
 from streamfs.errors import InvalidRequest
-from streamfs.sources import addresses
+from streamfs.sources import addresses, ftp
 from streamfs.sources.apart import ApartTransport
+from streamfs.sources.ftp import FtpResponse, FtpTransport
 from streamfs.sources.plain import PlainResponse, PlainTransport
 from streamfs.sources.transport import Response, Transport
 from streamfs.spec import StreamOptions
@@ -25,6 +26,7 @@ class Transports:
     def __init__(self) -> None:
         self.resolver = addresses.Resolver()
         self._plain: Transport | None = None
+        self._ftp: Transport | None = None
         self._curl: Transport | None = None
         self._files: dict[int, Transport] = {}
         self._forced = os.environ.get("STREAMFS_TRANSPORT") or None
@@ -32,7 +34,12 @@ class Transports:
             raise InvalidRequest(f"STREAMFS_TRANSPORT is plain or curl, not {self._forced!r}")
 
     def pick(self, url: str, options: StreamOptions) -> Transport:
-        """The transport that carries `url`: plain for HTTP without a proxy, libcurl for all else."""
+        """The transport that carries `url`: plain for HTTP without a proxy, one of their own for files of ftp servers
+        in clear, libcurl for all else."""
+        if self._forced != "curl" and ftp.speaks(url, options):
+            if self._ftp is None:
+                self._ftp = FtpTransport()
+            return self._ftp
         simple = urlsplit(url).scheme.lower() in ("http", "https") and options.proxy is None
         if self._forced == "plain" or (simple and self._forced is None):
             if self._plain is None:
@@ -53,7 +60,7 @@ class Transports:
 
     async def aclose(self) -> None:
         async with trio.open_nursery() as nursery:
-            for transport in (self._plain, self._curl, *self._files.values()):
+            for transport in (self._plain, self._ftp, self._curl, *self._files.values()):
                 if transport is not None:
                     nursery.start_soon(self._close, transport)
 
@@ -73,7 +80,7 @@ class Transports:
 
 async def close(response: Response, *, reuse: bool = False) -> None:
     """Close also while being cancelled; two seconds are plenty for giving back a connection."""
-    if isinstance(response, PlainResponse):
+    if isinstance(response, PlainResponse | FtpResponse):
         await response.aclose(reuse=reuse)  # which never waits
         return
     with trio.move_on_after(2, shield=True):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from typing import Literal
 
 import pycurl
 
 from streamfs.sources.curl.multi import CurlFailure, Transfer
 from streamfs.sources.curl.options import HTTP, KNOWN_HOST_MISMATCH, KNOWN_HOST_OK, HostKeyVerdict, Target
+from streamfs.sources.filereplies import BUSY_REPLIES, Refusal
 from streamfs.sources.transport import TransportError
 
 _Kind = Literal["connect", "tls", "reset", "truncated", "protocol", "refused"]
@@ -23,15 +23,6 @@ _LOGIN_DENIED, _ACCESS_DENIED, _FILE_NOT_FOUND, _RETR_FAILED, SSH, TIMED_OUT = 6
 _SSL_CONNECT = 35
 _FTP_DATA = frozenset({10, 12, 13, 14, 17, 30, 31})  # data connection or a command before RETR refused
 _WRONG_FTP_REPLY = 8
-_BUSY_REPLIES = frozenset({421, 425, 450, 451, 452})
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A file server's no, in HTTP's terms."""
-
-    status: int
-    text: str
 
 
 def refusal_or_raise(target: Target, transfer: Transfer, verdict: HostKeyVerdict) -> Refusal:
@@ -40,7 +31,7 @@ def refusal_or_raise(target: Target, transfer: Transfer, verdict: HostKeyVerdict
     if isinstance(failure, CurlFailure):
         text = target.redact(failure.text)
         reply = transfer.easy.getinfo(pycurl.RESPONSE_CODE) if target.scheme != "sftp" else 0
-        if reply in _BUSY_REPLIES:
+        if reply in BUSY_REPLIES:
             return Refusal(503, f"the server is busy ({reply}): {text}")
         if failure.code == _LOGIN_DENIED:
             return Refusal(401, f"the login is refused ({text})")
