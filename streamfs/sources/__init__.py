@@ -9,7 +9,9 @@ http          http, https, ftp, ftps, sftp: what is asked, what is done with a r
   replies       what a reply means     attempts: how often one is tried     addresses, credentials: where, and as whom
   transports    which transport carries a URL     transport: what each of them does
     plain         HTTP/1.1: a pool of connections     http1: heads and bodies     connection: sockets and TLS
+    ftp           ftp in clear: sessions, their data     idle: connections at rest
     curl          libcurl, for all else     apart: in a thread of its own
+      filereplies   files of ftp, ftps and sftp servers, dressed as HTTP
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The narrow HTTP transport that streamfs.sources.http stands on. It knows no meaning: no redirects, no retries,
 no validation, no cookies; one request, one reply.
 
-Two makings follow it: `plain` (HTTP/1.1 over trio sockets) and `curl` (libcurl: HTTP/2, proxies, ftp, sftp).
+Three makings follow it: `plain` (HTTP/1.1 over our own sockets), `ftp` (in clear, likewise) and `curl` (libcurl:
+HTTP/2, proxies, ftps, sftp).
 """
 
 from __future__ import annotations
