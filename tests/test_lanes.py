@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from streamfs.engine.lanes import GAIN, SEGMENT, WIDTHS, Lanes
+from streamfs.engine.lanes import GAIN, RETRY, SEGMENT, WIDTHS, Lanes
 from streamfs.errors import SourceFailed
 from streamfs.sources.base import Facts
 from streamfs.stream import Stream
@@ -126,15 +126,16 @@ async def test_over_a_link_with_delay_lanes_bring_three_times_what_one_connectio
 async def test_where_the_line_itself_is_the_limit_lanes_end_and_no_byte_comes_twice(
     step: int, tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    link = Link(Origin(size=SIZE), shared=RATE)
+    size = 2 * WIDTHS[0] * SEGMENT + RETRY  # read to its end before lanes are tried again
+    link = Link(Origin(size=size), shared=RATE)
     async with a_house(tmp_path, read_ahead=8 * MIB, memory=256 * MIB) as house:
         seconds, _, stream = await timed(house, link, step)
         assert stream.generation is not None
         assert stream.generation.plan.lanes is not None
         assert stream.generation.plan.lanes.over
-    assert seconds <= SIZE / RATE * 1.15 + 1
+    assert seconds <= size / RATE * 1.15 + 1
     assert link.widest == WIDTHS[0]
-    assert link.origin.sent == SIZE
+    assert link.origin.sent == size
 
 
 async def test_without_delay_a_body_that_goes_on_is_read_to_its_end(
@@ -166,21 +167,22 @@ async def test_a_reader_that_pauses_does_not_make_its_link_seem_slow(
 
 async def test_lanes_that_did_not_pay_are_tried_again(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     """What was in their way may have been the machine, busy with something else for a second."""
-    link = Link(Origin(size=SIZE), shared=RATE)
+    size = SIZE + RETRY
+    link = Link(Origin(size=size), shared=RATE)
     async with a_house(tmp_path, read_ahead=8 * MIB, memory=256 * MIB) as house:
         handle = await streamed(house, link).open()
         position = 0
-        while position < 3 * SIZE // 4:
+        while position < 3 * size // 4:
             position += len(await handle.read(position, MIB))
             if link.widest == WIDTHS[0] and not house.context.lanes:
                 link.shared = float("inf")  # they have been given up
         assert link.shared == float("inf")
         began = trio.current_time()
-        while position < SIZE:
+        while position < size:
             position += len(await handle.read(position, MIB))
-        assert trio.current_time() - began <= SIZE / 4 / RATE / 2
+        assert trio.current_time() - began <= size / 4 / RATE / 2
         handle.close()
-    assert link.origin.sent == SIZE
+    assert link.origin.sent == size
 
 
 @pytest.mark.parametrize("refusing", [False, True])

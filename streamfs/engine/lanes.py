@@ -7,15 +7,15 @@ of each width are timed: where more lanes did not bring bytes faster, there are 
 
 from __future__ import annotations
 
-SEGMENT = 6 * 1024 * 1024
-"""Bytes of one lane: some 60 ms of a line of 100 MB/s, so that a request's round trip does not outweigh it. A guess."""
+SEGMENT = 8 * 1024 * 1024
+"""Bytes of one lane: some 80 ms of a line of 100 MB/s, so that a request's round trip does not outweigh it. A guess."""
 WIDTHS = (4, 8)
 """Lanes tried, one width after the other. Two would bring no more than one fetch that never waits for a reply."""
 GAIN = 1.25
 """How many times faster than before a width must bring bytes to be kept."""
 RETRY = 64 * 1024 * 1024
 """Bytes that one fetch brings before lanes are tried again that did not pay: it may have been the machine, busy for a
-moment. Twice as many before each further trial, which takes some 48 MiB and no longer than without. A guess."""
+moment. Twice as many before each further trial, which takes some 64 MiB and no longer than without. A guess."""
 LEAST_LATENCY = 0.005
 """Seconds to a reply from which lanes are tried: below, one connection is not limited by its round trips."""
 
