@@ -44,6 +44,7 @@ class Scripted:
         self.replies: dict[bytes, bytes | None] = {word.encode(): reply for word, reply in replies.items()}
         self.once: dict[bytes, bytes | None] = {}  # the same, for the next command only
         self.greeting = b"220 ready"
+        self.slow_login = 0.0  # seconds
         self.said: list[list[bytes]] = []
         self.data_peers: list[tuple[str, int]] = []
         self.breaks: int | None = None
@@ -116,6 +117,7 @@ class _Session:
                 return script.replies[key]
         match word:
             case b"USER":
+                await trio.sleep(script.slow_login)
                 return b"331 and the password?"
             case b"PASS":
                 return b"230 welcome"
@@ -309,6 +311,41 @@ async def test_what_is_odd_or_needs_tls_or_a_proxy_is_left_to_libcurl(
     assert speaks(url, options) == ours
     async with Transports() as transports:
         assert isinstance(transports.pick(url, options), FtpTransport) == ours
+
+
+@pytest.mark.parametrize(
+    ("said", "date"),
+    [
+        (b"213 20230101000000", "Sun, 01 Jan 2023 00:00:00 GMT"),
+        (b"213 20231231235960.123", "Mon, 01 Jan 2024 00:00:00 GMT"),
+        (b"213 20230229000000", None),
+        (b"213 19691231235959", None),
+        (b"213 yesterday", None),
+        (b"550 not there", None),
+        (b"500 what?", None),
+    ],
+)
+async def test_a_date_is_believed_where_it_is_one(transport: FtpTransport, said: bytes, date: str | None) -> None:
+    async with Scripted(MDTM=said).running() as url:
+        response = await transport.request(Request(f"{url}/a", method="HEAD"))
+        assert dict(response.headers).get("last-modified") == date
+
+
+@pytest.mark.parametrize(("said", "size"), [(b"213 300000", 300_000), (b"213 a has 12", 12), (b"213 many", None)])
+async def test_a_size_is_believed_where_it_is_one(transport: FtpTransport, said: bytes, size: int | None) -> None:
+    async with Scripted(SIZE=said).running() as url:
+        response = await transport.request(Request(f"{url}/a", method="HEAD"))
+        assert dict(response.headers).get("content-length") == (None if size is None else str(size))
+
+
+async def test_what_a_login_takes_is_told_apart_from_the_delay_of_the_link() -> None:
+    server = Scripted()
+    server.slow_login = 0.3
+    async with server.running() as url, Transports() as transports:
+        began = trio.current_time()
+        body = await source(f"{url}/a", transports).open(0, None, None)
+        assert 0.3 <= body.setup_seconds <= trio.current_time() - began
+        await body.aclose()
 
 
 # -- where the data comes from

@@ -11,9 +11,8 @@ proxies and URLs with a meaning of libcurl's own are the business of streamfs.so
 from __future__ import annotations
 
 import re
-from calendar import timegm
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import trio
@@ -38,7 +37,7 @@ _LINE = re.compile(rb"(\d{3})(?:([ -])(.*))?", re.S)
 _EXTENDED = re.compile(r".*\(([!-~])\1\1(\d{1,5})\1\)")
 _PASSIVE = re.compile(r".*?(\d{1,3}),(\d{1,3}),(\d{1,3}),(\d{1,3}),(\d{1,3}),(\d{1,3})")
 _SIZE = re.compile(r"(?:.*\D)?(\d{1,18})\s*")
-_DATE = re.compile(r"\s*(\d{14})(?:\.\d*)?\s*")
+_DATE = re.compile(r"\s*(\d{4})(\d\d)(\d\d)(\d\d)(\d\d)([0-5]\d|60)(?:\.\d*)?\s*")
 _OF_CURL = re.compile(r";type=|[?#]|/\.\.?(/|$)")
 """In URLs: how the file is sent, what comes after its path, and folders that are no folders."""
 
@@ -66,15 +65,16 @@ class FtpTransport:
         if self._closed:
             raise TransportError("refused", "the transport is closed")
         place, path = _asked(request)
+        began = trio.current_time()
         try:
             session = await self._rested(place)
             if session is not None:
                 try:
-                    return await self._exchange(session, request, path)
+                    return await self._exchange(session, request, path, began)
                 except TransportError:
                     if session.heard:
                         raise  # else the server had ended it meanwhile, which says nothing of its health
-            return await self._exchange(await _logged_in(place), request, path)
+            return await self._exchange(await _logged_in(place), request, path, began)
         except _RefusedError as no:
             return FtpResponse(FileHead(no.refusal.status, no.refusal.text, [], 0))
 
@@ -102,7 +102,7 @@ class FtpTransport:
                 session.close()
         return None
 
-    async def _exchange(self, session: _Session, request: Request, path: bytes) -> FtpResponse:
+    async def _exchange(self, session: _Session, request: Request, path: bytes, began: float) -> FtpResponse:
         try:
             if request.method == "GET":
                 await session.open_data()  # first, so that nothing takes time between the file's version and its bytes
@@ -111,7 +111,7 @@ class FtpTransport:
                 self.give_back(session)
                 return FtpResponse(head)
             await session.retrieve(path, head.span.first if head.span is not None else 0)
-            return FtpResponse(head, session, self)
+            return FtpResponse(head, session, self, began)
         except _RefusedError as no:
             if no.ended:
                 session.close()
@@ -128,12 +128,21 @@ class FtpResponse:
 
     http_version = "1.1"
 
-    def __init__(self, head: FileHead, session: _Session | None = None, transport: FtpTransport | None = None) -> None:
-        """Without a session, and so without a body, or with the session that brings it, to go back to `transport`."""
+    def __init__(
+        self,
+        head: FileHead,
+        session: _Session | None = None,
+        transport: FtpTransport | None = None,
+        began: float = 0.0,
+    ) -> None:
+        """Without a session, and so without a body, or with the session that brings it, to go back to `transport`;
+        the request then `began` at that time of trio's."""
         self.status = head.status
         self.reason = head.reason
         self.headers = head.headers
         self.ending: Ending = "chunked" if head.length is None else "length"  # the server's word, or so many bytes
+        self.setup_seconds = session.asked_at - began if session is not None else 0.0
+        """What was before the file was asked for: a login, a connection, other questions."""
         self._session = session
         self._transport = transport
         self._left = head.length if session is not None else 0  # bytes of the body; None: until the server says so
@@ -235,6 +244,7 @@ class _Session:
         self.place = place
         self.data: Connection | None = None
         self.restarts = False  # whether the server can begin anywhere in a file
+        self.asked_at = 0.0  # trio's time when it was asked for the file
         self.heard = True  # any reply since it last began to serve
         self._owed = False  # the word that ends the last exchange
         self._extended = True  # EPSV works, as far as is known
@@ -309,6 +319,7 @@ class _Session:
             self._check_busy(reply)
             if reply.code != 350:
                 raise TransportError("protocol", f"the server does not begin at byte {first}: {self._shown(reply)}")
+        self.asked_at = trio.current_time()
         reply = await self._ask(b"RETR " + path)
         if reply.code < 200:
             self._owed = True
@@ -462,8 +473,10 @@ def _seconds(reply: _Reply) -> int | None:
     match = _DATE.fullmatch(reply.text) if reply.code == 213 else None
     if match is None:
         return None
+    # Not by strptime, whose first call imports for some ms.
+    year, month, day, hour, minute, second = map(int, match.groups())
     try:
-        seconds = timegm(datetime.strptime(match[1], "%Y%m%d%H%M%S").timetuple())
+        seconds = int(datetime(year, month, day, hour, minute, tzinfo=UTC).timestamp()) + second
     except ValueError:
         return None
     return seconds if seconds >= 0 else None
