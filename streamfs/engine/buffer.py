@@ -178,7 +178,7 @@ class Buffer:
         """Read the disk part of `gathered`: its bytes, or None where it would block (wait=False) or an extent was
         damaged and dropped, so that the read starts anew. To drop one waits for the disk as well."""
         try:
-            return memoryview(gathered.out) if gathered.read_disk(wait=wait) else None
+            return gathered.out if gathered.read_disk(wait=wait) else None
         except DamagedExtent as damage:
             if wait:
                 self._drop_damaged(damage)

@@ -14,6 +14,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from streamfs.engine.replies import Replies
+
 Piece = mmap.mmap
 
 SMALL = 64 * 1024
@@ -31,11 +33,15 @@ class Pool:
     waits for memory can be woken: it must only signal.
     """
 
-    def __init__(self, budget: int, on_give: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, budget: int, on_give: Callable[[], None] | None = None, *, replies: Replies | None = None
+    ) -> None:
         if budget < LARGE:
             raise ValueError(f"a memory budget under {LARGE} bytes holds no piece")
         self.budget = budget
         self.on_give = on_give
+        self.replies = Replies() if replies is None else replies
+        """Besides the budget: memory for replies that no single piece can give."""
         self._lock = threading.Lock()
         self._free: dict[int, deque[Piece]] = {SMALL: deque(), LARGE: deque()}  # GUARDED_BY _lock
         self._used = 0  # GUARDED_BY _lock. INVARIANT: _idle is 0 where _used is past the budget
@@ -93,14 +99,16 @@ class Pool:
 
     def trim(self, most: int) -> bool:
         """Return about `most` bytes to the system of what nobody has asked for since a call gave False. True: there is
-        more, to be asked for again; each MiB takes the system some 0.1 ms."""
+        more, to be asked for again; each MiB takes the system some 0.1 ms. So for what is kept for replies."""
         with self._lock:
             before = self._idle
             unneeded = self._unneeded
             self._shed(min(unneeded, most))
             left = unneeded - (before - self._idle)
             self._unneeded = left if left > 0 else self._idle
-            return left > 0
+        if left <= 0:
+            self.replies.trim()
+        return left > 0
 
     def _shed(self, excess: int) -> None:
         while excess > 0 and self._idle:

@@ -42,6 +42,8 @@ _MAGIC = b"streamfs recording 3\n"
 _OLDER_MAGIC = b"streamfs recording 2\n"  # one head, not bound to the file's name; read, and never made
 _SALT = 8  # random bytes in the head of each index
 _ENTRY = struct.Struct("<QQIII4x")  # offset, length, CRC of the data, kind, CRC of the entry
+_CHECKED = struct.Struct("<QQII")  # what the CRC of the entry is of
+_OFFSET = struct.Struct("<Q")
 _DATA, _DROP, _END = 1, 2, 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -415,7 +417,7 @@ class Recording:
     def _log(self, entries: Sequence[tuple[int, int, int, int]]) -> None:
         if self._index is None:
             return
-        packed = b"".join(_ENTRY.pack(*entry, self._entry_check(*entry)) for entry in entries)
+        packed = b"".join([_ENTRY.pack(*entry, self._entry_check(*entry)) for entry in entries])
         good = os.lseek(self._index.fd, 0, os.SEEK_CUR)
         if self._ragged:
             # No sync is needed: should a power cut bring the tail back, it does not check any better than it did.
@@ -433,19 +435,18 @@ class Recording:
     # The table of extents, under the owner's lock
 
     def publish(self, extents: Sequence[Extent]) -> None:
+        starts, stops, crcs = self._starts, self._stops, self._crcs
         for start, stop, crc in extents:
-            at = len(self._starts)
-            if at and self._starts[at - 1] > start:
-                at = bisect_left(self._starts, start)
-            self._starts.insert(at, start)
-            self._stops.insert(at, stop)
-            self._crcs.insert(at, crc)
+            at = bisect_left(starts, start) if starts and starts[-1] > start else len(starts)
+            starts.insert(at, start)
+            stops.insert(at, stop)
+            crcs.insert(at, crc)
 
     def extents(self, start: int, stop: int) -> list[Extent]:
         """The extents that overlap start..stop, in order."""
         first = bisect_right(self._stops, start)
         last = bisect_left(self._starts, stop)
-        return [Extent(self._starts[i], self._stops[i], self._crcs[i]) for i in range(first, last)]
+        return list(map(Extent, self._starts[first:last], self._stops[first:last], self._crcs[first:last]))
 
     def present(self) -> RangeSet:
         """All bytes that extents cover."""
@@ -543,17 +544,17 @@ class Recording:
             done += count
             if not wait and done < length:
                 return False
-        for extent in extents:
-            if self._crc(extent.start, view[extent.start - start : extent.stop - start]) != extent.crc:
-                raise DamagedExtent(extent.start, extent.stop)
+        for first, last, crc in extents:
+            if self._crc(first, view[first - start : last - start]) != crc:
+                raise DamagedExtent(first, last)
         return True
 
     def _crc(self, offset: int, data: memoryview) -> int:
-        return crc32c(data, crc32c(offset.to_bytes(8, "little"), self._seed), _KEEP_LOCK)
+        return crc32c(data, crc32c(_OFFSET.pack(offset), self._seed, _KEEP_LOCK), _KEEP_LOCK)
 
     def _entry_check(self, offset: int, length: int, crc: int, kind: int) -> int:
         # Seeded, so that an entry of a removed index that the file system let show through is none of ours.
-        return crc32c(struct.pack("<QQII", offset, length, crc, kind), self._seed)
+        return crc32c(_CHECKED.pack(offset, length, crc, kind), self._seed, _KEEP_LOCK)
 
     @property
     def disk_bytes(self) -> int:

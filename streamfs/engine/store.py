@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from streamfs.engine.pool import LARGE, SMALL, Piece, Pool
 from streamfs.engine.recording import Extent, Recording
+from streamfs.engine.replies import Replies
 
 _SMALL_PIECES_FIRST = 4 * SMALL
 """A writer that has come this far in one go gets large pieces: a guess that a stream which is read on past 256 KiB
@@ -58,10 +59,11 @@ class Gathered:
     Memory parts are already in `out`; `read_disk` adds the rest.
     """
 
-    out: bytearray
+    out: memoryview
     start: int
+    replies: Replies
+    recording: Recording | None
     disk: list[list[Extent]] = field(default_factory=list)
-    recording: Recording | None = None
 
     @property
     def stop(self) -> int:
@@ -72,25 +74,24 @@ class Gathered:
         if not self.disk:
             return True
         assert self.recording is not None
-        view = memoryview(self.out)
         while self.disk:
             run = self.disk[-1]
-            if not all(self._read_part(part, view, wait=wait) for part in _without_edges(run, self.start, self.stop)):
+            if not all(self._read_part(part, wait=wait) for part in _without_edges(run, self.start, self.stop)):
                 return False
             self.disk.pop()
         return True
 
-    def _read_part(self, part: list[Extent], view: memoryview, *, wait: bool) -> bool:
+    def _read_part(self, part: list[Extent], *, wait: bool) -> bool:
         assert self.recording is not None
         first, last = part[0].start, part[-1].stop
         if first >= self.start and last <= self.stop:
-            return self.recording.read(part, view[first - self.start : last - self.start], wait=wait)
+            return self.recording.read(part, self.out[first - self.start : last - self.start], wait=wait)
         # Extents are checked whole, so the edges of a read come through a piece of their own.
-        whole = memoryview(bytearray(last - first))
+        whole = self.replies.take(last - first)
         if not self.recording.read(part, whole, wait=wait):
             return False
         start, stop = max(first, self.start), min(last, self.stop)
-        view[start - self.start : stop - self.start] = whole[start - first : stop - first]
+        self.out[start - self.start : stop - self.start] = whole[start - first : stop - first]
         return True
 
 
@@ -165,8 +166,9 @@ class Store:
 
     def gather(self, start: int, stop: int) -> Gathered:
         """start..stop, all of it stored, as a copy of what is in memory and a list of what is on disk."""
-        gathered = Gathered(bytearray(stop - start), start, recording=self.recording)
-        out = memoryview(gathered.out)
+        replies = self._pool.replies
+        gathered = Gathered(replies.take(stop - start), start, replies, self.recording)
+        out = gathered.out
         position = start
         index = max(0, bisect_right(self._segments, start, key=_start_of) - 1)
         while position < stop:

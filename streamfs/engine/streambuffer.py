@@ -19,6 +19,7 @@ import trio
 from streamfs.engine.buffer import Buffer, Missing
 from streamfs.engine.pool import LARGE, Pool
 from streamfs.engine.recording import Recording
+from streamfs.engine.replies import Replies
 from streamfs.errors import Closed, NoSpace, SourceFailed, StreamfsError
 
 BytesLike = bytes | bytearray | memoryview
@@ -47,7 +48,7 @@ class StreamBuffer:
             raise ValueError("max_size cannot be negative")
         self._stream = stream
         self._chunks = iter(stream)
-        self._buffer = Buffer(Pool(max(max_size, LARGE)), size=size)
+        self._buffer = Buffer(Pool(max(max_size, LARGE), replies=Replies(most=0)), size=size)
         self._writer = self._buffer.writer(0)
         self._turn = threading.Lock()  # held by the reader that pulls; guards _chunks, _writer and _ended
         self._ended = False
