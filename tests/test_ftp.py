@@ -45,6 +45,7 @@ class Scripted:
         self.once: dict[bytes, bytes | None] = {}  # the same, for the next command only
         self.greeting = b"220 ready"
         self.slow_login = 0.0  # seconds
+        self.forgets_restart = True  # after each file
         self.said: list[list[bytes]] = []
         self.data_peers: list[tuple[str, int]] = []
         self.breaks: int | None = None
@@ -150,7 +151,9 @@ class _Session:
         script = self._script
         await self._control.send_all(b"150 here it comes\r\n")
         passive, self._passive = self._passive, None
-        offset, self._offset = self._offset, 0
+        offset = self._offset
+        if script.forgets_restart:
+            self._offset = 0
         breaks, cut = script.breaks, script.cut
         async with passive, await passive.accept() as data:
             script.data_peers.append(data.socket.getpeername()[:2])
@@ -552,7 +555,20 @@ async def test_a_server_that_does_not_begin_where_it_said_it_could_is_not_believ
     assert b"RETR" not in server.words[0]
 
 
-@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH", b"x" * 100_000, b"HTTP/1.1 400 Bad Request"])
+async def test_a_server_that_keeps_to_where_it_began_last_is_told_anew(transport: FtpTransport) -> None:
+    server = Scripted()
+    server.forgets_restart = False
+    async with server.running() as url:
+        assert await get(transport, f"{url}/a", "1000-") == (206, DATA[1000:])
+        assert await get(transport, f"{url}/a", "0-") == (206, DATA)
+        assert await get(transport, f"{url}/a") == (200, DATA)
+        server.once[b"RETR"] = b"550 just now"
+        assert (await get(transport, f"{url}/a", "1000-"))[0] == 404
+        assert await get(transport, f"{url}/a") == (200, DATA)
+    assert len(server.said) == 1
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH", b"220-x\r\n" * 20_000, b"HTTP/1.1 400 Bad Request"])
 async def test_what_is_no_ftp_server_is_told(transport: FtpTransport, greeting: bytes) -> None:
     server = Scripted()
     server.greeting = greeting

@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 import trio
 
-from streamfs.sources.connection import Connection, Destination, connect
+from streamfs.sources.connection import Connection, Destination, connect, reason
 from streamfs.sources.filereplies import BUSY_REPLIES, FileFacts, FileHead, Refusal, head_of
 from streamfs.sources.idle import IdlePool
 from streamfs.sources.transport import Ending, Identity, Request, TransportError
@@ -112,11 +112,8 @@ class FtpTransport:
                 return FtpResponse(head)
             await session.retrieve(path, head.span.first if head.span is not None else 0)
             return FtpResponse(head, session, self, began)
-        except _RefusedError as no:
-            if no.ended:
-                session.close()
-            else:
-                self.give_back(session)
+        except _RefusedError:
+            self.give_back(session)
             raise
         except BaseException:
             session.close()
@@ -229,18 +226,18 @@ class _Reply:
 
 
 class _RefusedError(Exception):
-    """The server's no. `ended`: it ends the session with it."""
+    """The server's no."""
 
-    def __init__(self, status: int, text: str, *, ended: bool = False) -> None:
+    def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.refusal = Refusal(status, text)
-        self.ended = ended
 
 
 class _Session:
     """A control connection, and the data connection of the exchange that is under way."""
 
-    def __init__(self, control: Connection, place: _Place) -> None:
+    def __init__(self, control: Connection, host: str, place: _Place) -> None:
+        """`host`: the number that `control` leads to; data connections go there, whatever is said."""
         self.place = place
         self.data: Connection | None = None
         self.restarts = False  # whether the server can begin anywhere in a file
@@ -249,7 +246,8 @@ class _Session:
         self._owed = False  # the word that ends the last exchange
         self._extended = True  # EPSV works, as far as is known
         self._control = control
-        self._host: str = control.sock.getpeername()[0]  # as a number: where data connections go, whatever is said
+        self._host = host
+        self._offset = 0  # what the server was told last
         self._received = bytearray()
         self._scratch = memoryview(bytearray(4096))
 
@@ -265,7 +263,7 @@ class _Session:
                 reply = await self._ask(b"PASS " + self.place.password)
             if not reply.well:
                 self._check_busy(reply)
-                raise _RefusedError(401, f"the login is refused ({reply.code})", ended=True)
+                raise _RefusedError(401, f"the login is refused ({reply.code})")
         reply = await self._ask(b"TYPE I")
         if not reply.well:
             self._check(reply, 200)
@@ -314,7 +312,8 @@ class _Session:
     async def retrieve(self, path: bytes, first: int) -> None:
         """Begin an exchange: the data connection brings the file from byte `first` on. Raises TransportError,
         _RefusedError."""
-        if first:
+        if first != 0 or self._offset != 0:  # also 0: some servers go by it until they are told otherwise
+            self._offset = first
             reply = await self._ask(b"REST %d" % first)
             self._check_busy(reply)
             if reply.code != 350:
@@ -355,7 +354,7 @@ class _Session:
     # -- commands and replies
 
     async def _ask(self, command: bytes) -> _Reply:
-        """The reply to one command. Raises TransportError, and _RefusedError where the server ends the session."""
+        """The reply to one command. Raises TransportError, and _RefusedError where it is the session's end."""
         if self._received:
             raise TransportError("reset", "the server said something that nobody had asked")
         await self._control.send(command + b"\r\n")
@@ -374,8 +373,7 @@ class _Session:
 
     def _check_busy(self, reply: _Reply) -> None:
         if reply.code in BUSY_REPLIES:
-            text = f"the server is busy: {self._shown(reply)}"
-            raise _RefusedError(503, text, ended=reply.code == 421)
+            raise _RefusedError(503, f"the server is busy: {self._shown(reply)}")
 
     def _shown(self, reply: _Reply) -> str:
         password = self.place.password.decode(errors="replace")
@@ -409,7 +407,12 @@ class _Session:
 
 async def _logged_in(place: _Place) -> _Session:
     """Raises TransportError, _RefusedError, TooManyFiles."""
-    session = _Session(await _dial(place.destination), place)
+    control = await _dial(place.destination)
+    try:
+        session = _Session(control, control.sock.getpeername()[0], place)
+    except OSError as error:
+        control.close()
+        raise TransportError("reset", f"the connection broke at once: {reason(error)}") from error
     try:
         await session.log_in()
     except BaseException:
