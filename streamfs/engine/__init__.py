@@ -2,6 +2,7 @@
 
 ranges        interval arithmetic
 pool          reused memory pieces within a budget
+replies       memory for replies that are put together, used again once nobody sees it
 state         what is present, where the end is, who waits; all transitions
 recording     the on-disk form, each block with a checksum
 diskreads     reads that must wait for the disk: how many at a time, over all streams
