@@ -340,10 +340,14 @@ class Cache:
         self._excess = True
         self._wanted.set()
 
+    def is_ready(self, generation: Cached) -> bool:
+        """Whether `ready` would not wait."""
+        return generation.buffer.memory <= self._most_in_memory() or self.disk_error is not None
+
     async def ready(self, generation: Cached) -> None:
         """Wait while the generation's backlog of bytes to spill is too long. Ends when the disk has caught up, or has
         turned out not to take more, or to hang."""
-        while generation.buffer.memory > self._most_in_memory() and self.disk_error is None:
+        while not self.is_ready(generation):
             try:
                 await self._wait_for_move()
             except _DiskHangs:

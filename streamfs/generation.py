@@ -20,7 +20,7 @@ import msgspec
 import trio
 
 from streamfs.cache import Cache
-from streamfs.engine.buffer import Buffer, Writer
+from streamfs.engine.buffer import Buffer, Missing, Writer
 from streamfs.engine.fetches import Fetch, FetchPlan
 from streamfs.engine.lanes import SEGMENT
 from streamfs.engine.pool import LARGE
@@ -30,7 +30,7 @@ from streamfs.entries import Entry
 from streamfs.errors import NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError, told
 from streamfs.news import News
 from streamfs.settings import Settings
-from streamfs.sources.base import Body, Facts, Source
+from streamfs.sources.base import Body, Facts, Prompt, Source
 from streamfs.spec import StreamSpec, parse_window
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,9 @@ IDLE = 5.0
 CLOSE_SOON = 1.0
 """Seconds a body gets to give back its connection or process when the daemon ends; then it is cut short."""
 _COMPARE = 64 * 1024  # bytes at a time, when a restarted one-way source is compared with what is there
+
+AT_ONCE = 128 * 1024
+"""Most bytes of a read that may be brought on the spot: more take longer than others should wait."""
 
 _WINDOW_STEP = 1024 * 1024  # bytes by which a window moves: each move costs a hop to the disk's thread
 _MARKS = 256  # moments remembered in a window of time
@@ -225,11 +228,14 @@ class Generation:
 
     # What readers do
 
-    def read_now(self, offset: int, size: int, *, sparing: bool = False) -> memoryview | None:
-        """The bytes, if they are all in memory; the view is good until the next await. None: use `read`. `sparing`:
-        nothing is read ahead for it, and it does not count as use."""
+    def read_now(self, offset: int, size: int, since: int, *, sparing: bool = False) -> memoryview | None:
+        """The bytes, if they are all in memory or come on the spot; the view is good until the next await. None: use
+        `read`. `since`: as for `demand`. `sparing`: nothing is read ahead for it, and it does not count as use."""
         try:
             found = self.buffer.look(offset, size)
+            if isinstance(found, Missing) and not sparing and since == self.failures:
+                self._bring_now(int(found), offset + size)
+                found = self.buffer.look(offset, size)
         except StreamfsError:
             return None
         if not isinstance(found, memoryview):
@@ -263,6 +269,48 @@ class Generation:
         if not sparing:
             self.used = time.monotonic()
         self._see_to(self.plan.demand(missing, stop, sparing=sparing), missing)
+
+    def _bring_now(self, missing: int, stop: int) -> None:
+        """Where a program reads here and there and its source answers on the spot, bring missing..stop before this
+        returns, without a task; what takes longer is left to a fetch, as ever."""
+        if stop - missing > AT_ONCE or not self._context.cache.is_ready(self):
+            return
+        ends = (stop, self.buffer.size, self.buffer.next_present(missing))
+        stop = min(end for end in ends if end is not None)
+        fetch = self.plan.jump(missing, stop)
+        if fetch is None:
+            return
+        body = self._stream.source.begin(missing, stop, self.facts)
+        if body is None:
+            self.plan.withdraw(fetch)
+            return
+        try:
+            self._take_now(fetch, body)
+        except BaseException:
+            body.close_now()
+            self.plan.ended(fetch)
+            raise
+        if fetch.resting:
+            body.close_now()
+            self.plan.ended(fetch)
+        else:
+            self._run(fetch, body, stop)
+
+    def _take_now(self, fetch: Fetch, body: Prompt) -> None:
+        """Move what comes on the spot into the buffer, as far as memory is there."""
+        writer = self.buffer.writer(fetch.position)
+        try:
+            while not fetch.resting and (room := writer.room()):
+                count = body.receive_now(room)
+                if not count:
+                    break
+                writer.wrote(count)
+                fetch.position = writer.position
+                self.received += count
+                self.validated = time.monotonic()
+        finally:
+            writer.close()
+        self._context.cache.grew(self)
 
     def _see_to(self, fetch: Fetch | None, missing: int) -> None:
         if fetch is None:

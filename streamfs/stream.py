@@ -124,7 +124,7 @@ class Handle:
 
     def read_now(self, offset: int, size: int) -> memoryview | None:
         """What `read` would give, if all of it is in one piece of memory; None where it is not, or fails."""
-        view = self._generation.read_now(offset, size, sparing=self._sparing)
+        view = self._generation.read_now(offset, size, self._since, sparing=self._sparing)
         if view is not None:
             self._gave(offset, view)
         return view

@@ -139,6 +139,9 @@ class FakeSource:
             raise SourceFailed("nothing there")
         return FakeBody(origin, start, stop) if origin.ranged else FakeBody(origin, 0, None)
 
+    def begin(self, start: int, stop: int, expect: Facts) -> None:
+        """It never answers on the spot."""
+
     async def probe(self) -> Facts:
         self.origin.probes += 1
         await trio.lowlevel.checkpoint()

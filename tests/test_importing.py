@@ -49,6 +49,9 @@ class FakeSource:
         self._net.most = max(self._net.most, self._net.open)
         return FakeBody(self._net.pages[self._url], self._net, self._net.repeat)
 
+    def begin(self, start: int, stop: int, expect: Facts) -> None:
+        """It never answers on the spot."""
+
     async def probe(self) -> Facts:
         raise AssertionError("nobody asks for that")
 

@@ -49,6 +49,9 @@ class Radio:
     async def open(self, start: int, stop: int | None, expect: Facts | None) -> Radio:
         return self
 
+    def begin(self, start: int, stop: int, expect: Facts) -> None:
+        """It never answers on the spot."""
+
     async def probe(self) -> Facts:
         return self.facts
 

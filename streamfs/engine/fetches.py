@@ -32,6 +32,9 @@ REORDER = 1024 * 1024
 MANY_JUMPS = 8
 """After so many places in a row from which nobody read on, a program reads here and there: a fetch at yet another place
 then brings what is asked and no more. A guess: archives and media files are opened with fewer jumps."""
+MOST_JUMPS = 4 * MANY_JUMPS
+"""So many are remembered, and half of them forgotten each time somebody reads on: among places here and there some lie
+beside each other by chance, while a program that has begun to read on soon does nothing else."""
 _SAMPLE = 1024 * 1024  # bytes from which a rate is that of the connection, and not of what lay ready in it
 LEAST_GAP, MOST_GAP = 64 * 1024, 4 * 1024 * 1024
 """Bounds, in bytes, of the gap that is read through rather than asked for anew."""
@@ -81,7 +84,7 @@ class FetchPlan:
         self.greedy = False
         """Everything is wanted, whatever readers do (persist): limits are off."""
         self._gap = LEAST_GAP
-        self._jumps = 0  # fetches begun in a row from which nobody read on
+        self._jumps = 0  # fetches from which nobody read on: see MOST_JUMPS
         self.lanes: Lanes | None = None
         self._lanes_failed = False
         self._alone = RETRY  # bytes that one fetch brings after lanes that did not pay, before they are tried once more
@@ -109,7 +112,9 @@ class FetchPlan:
             return None
         if near is not None:
             near.missed = max(near.missed, missing)
-            self._jumps = 0
+            if stop <= near.wanted and near.stop is None:
+                return None  # a read that asks once more, or one that comes after its successor
+            self._jumps //= 2
             if near.stop is not None:
                 self._advance(stop)
                 self._allow(near, stop)
@@ -128,10 +133,32 @@ class FetchPlan:
             return None
         if sparing and self.ranged and not self.greedy:
             return self._begin(missing, stop, max(stop, missing + SPARING), 0)
-        if any(left <= missing <= left + self._gap for left in self._left):
-            self._jumps = 0
-        self._jumps += 1
-        return self._start(missing if self.ranged else 0, stop)
+        reads_on = self._reads_on(missing)
+        self._jumps = self._jumps // 2 if reads_on else min(self._jumps + 1, MOST_JUMPS)
+        return self._start(missing if self.ranged else 0, stop, short=self._jumping and not reads_on)
+
+    def jump(self, missing: int, stop: int) -> Fetch | None:
+        """As `demand`, where that begins a fetch without read-ahead, for missing..stop; else None, and nothing is
+        begun."""
+        if not self._jumping or not self.ranged or self.greedy or self.lanes is not None or self.crowded:
+            return None
+        if self._reads_on(missing) or self._nearest(missing) is not None:
+            return None
+        self._jumps = min(self._jumps + 1, MOST_JUMPS)
+        return self._begin(missing, stop, stop, 0)
+
+    def withdraw(self, fetch: Fetch) -> None:
+        """Nothing was done for it."""
+        self.fetches.remove(fetch)
+
+    @property
+    def _jumping(self) -> bool:
+        """Whether a program reads here and there."""
+        return self._jumps > MANY_JUMPS
+
+    def _reads_on(self, missing: int) -> bool:
+        """Whether `missing` is where a fetch without read-ahead has ended."""
+        return any(left <= missing <= left + LEAST_GAP for left in self._left)
 
     def follow(self, stop: int, front: int) -> Fetch | None:
         """A reader has got everything up to `stop`, and bytes are there, unbroken, up to `front`: the fetch that
@@ -279,9 +306,9 @@ class FetchPlan:
             self._rate = min(self._rate or rate, rate)
         self._gap = int(min(max(latency * rate, LEAST_GAP), MOST_GAP))
 
-    def _start(self, start: int, stop: int) -> Fetch:
+    def _start(self, start: int, stop: int, *, short: bool = False) -> Fetch:
         ahead = FIRST_AHEAD if self.ranged and not self.greedy else self.read_ahead
-        if self.ranged and not self.greedy and self._jumps > MANY_JUMPS:
+        if short and self.ranged and not self.greedy:
             ahead = 0
         return self._begin(start, stop, None if self.greedy else max(stop, start + ahead), ahead)
 
@@ -299,6 +326,8 @@ class FetchPlan:
 
     def _reach(self, fetch: Fetch) -> int:
         """The last byte that the fetch brings soon."""
+        if self._jumping and fetch.resting:
+            return fetch.position + LEAST_GAP  # it would have to begin anew, and somebody may be there by chance
         return max(fetch.position + self._gap, fetch.wanted + REORDER) if fetch.stop is None else fetch.stop - 1
 
     def _allow(self, fetch: Fetch, stop: int) -> None:

@@ -41,6 +41,18 @@ class Body(Protocol):
         """Give back what the body holds (a connection, a process group). Safe to call again."""
 
 
+class Prompt(Body, Protocol):
+    """A body of which the request was sent, and whose bytes may come on the spot. It need not be waited for: first
+    `receive_now` may be called until it gives 0, and then either `close_now`, or it is used as any other body."""
+
+    def receive_now(self, view: memoryview) -> int:
+        """As `receive_into`, but nobody else gets a turn until bytes have come, for some hundred microseconds at most;
+        0 where they have not, or where there is more to do than to wait: whatever that is `receive_into` tells."""
+
+    def close_now(self) -> None:
+        """As `aclose`."""
+
+
 class Source(Protocol):
     """Where the bytes of one stream come from."""
 
@@ -54,6 +66,10 @@ class Source(Protocol):
         `start` at or past the end of the bytes raises SourceFailed, unless start is 0 (an empty body).
         Raises SourceFailed, SourceStalled, SourceChanged, NotPermitted (a forbidden address or redirect).
         """
+
+    def begin(self, start: int, stop: int, expect: Facts) -> Prompt | None:
+        """Ask for start..stop now, without waiting, of a source whose latest body was of the ranged version `expect`.
+        None where that cannot be done, or where the reply is not expected to come on the spot: use `open`."""
 
     async def probe(self) -> Facts:
         """Facts without fetching content, for the catalogue; a command gives `Facts()` without running.

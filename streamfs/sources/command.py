@@ -78,6 +78,9 @@ class ProcessSource:
             return _start(self._argv, launcher, self._cwd, environment, umask, self._stall_timeout)
         raise SourceStalled(f"the command {self._argv[0]!r} could not be looked up within {patience:g} s")
 
+    def begin(self, start: int, stop: int, expect: Facts) -> None:
+        """There is one run, and no place in it to ask for."""
+
     async def probe(self) -> Facts:
         """Nothing can be known without running the command."""
         await trio.lowlevel.checkpoint()

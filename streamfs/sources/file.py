@@ -68,6 +68,9 @@ class FileSource:
             descriptor.close()
             raise
 
+    def begin(self, start: int, stop: int, expect: Facts) -> None:
+        """Files are read in threads, which are always waited for."""
+
     async def probe(self) -> Facts:
         """The facts of a regular file; `Facts()` for what might change by being opened (a FIFO, a device)."""
         path = _path_of(self._url)

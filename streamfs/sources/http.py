@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
@@ -21,7 +22,8 @@ from streamfs.sources.attempts import ATTEMPTS, FIRST_ATTEMPTS, PROBE_ATTEMPTS, 
 from streamfs.sources.base import Facts
 from streamfs.sources.command import ProcessSource
 from streamfs.sources.httpbody import Answer, HttpBody
-from streamfs.sources.plain import PlainTransport
+from streamfs.sources.plain import Exchange, PlainResponse, PlainTransport, Prepared
+from streamfs.sources.prompt import Patience, PromptBody
 from streamfs.sources.replies import (
     REFRESHABLE,
     Again,
@@ -61,14 +63,22 @@ class HttpSource:
         self._transports = transports
         self._landing: _Landing | None = None
         self._templates: dict[str, Request] = {}  # by URL
+        options = spec.options
+        self._lasting = not (options.netrc or options.cookie_file or options.secret_headers)
+        """Whether what we say of ourselves stays as it is: those may say something else soon."""
+        self._place: _Place | None = None
+        self._patience = Patience()
 
-    async def open(self, start: int, stop: int | None, expect: Facts | None) -> HttpBody:
+    async def open(
+        self, start: int, stop: int | None, expect: Facts | None, *, begun: Exchange | None = None
+    ) -> HttpBody:
+        """As Source.open. `begun`: an exchange that asked for just this; its reply is looked at first."""
         if urlsplit(self._url).scheme.lower() in FILE_SCHEMES:
             # An exchange of these that ends before its file costs a login, while one that waits costs nothing.
             stop = None
         attempts = Attempts(self._url, ATTEMPTS, FIRST_ATTEMPTS if expect is None else ATTEMPTS)
         with trio.move_on_after(_seconds(self._stall_timeout)):
-            answer = await self.settle(Asked(start, stop, expect=expect), attempts)
+            answer = await self.settle(Asked(start, stop, expect=expect), attempts, begun)
             if isinstance(answer.verdict, Part) and not answer.verdict.facts.ranged and stop is not None:
                 await answer.aclose()  # one-way after all: one reply must do for the whole
                 answer = await self.settle(Asked(0, None, expect=expect), attempts)
@@ -78,6 +88,29 @@ class HttpSource:
                 await answer.aclose()
                 raise
         raise self._stalled(attempts)
+
+    def begin(self, start: int, stop: int, expect: Facts) -> PromptBody | None:
+        place = self._place
+        if place is None or not self._patience.worth() or trio.current_time() >= place.until:
+            return None
+        asked = Asked(start, stop, expect=expect)
+        exchange = place.transport.begin(place.request, _varying(asked))
+        return None if exchange is None else PromptBody(asked, expect, exchange, self, self._patience)
+
+    def usable(self, asked: Asked, response: PlainResponse) -> HttpBody | None:
+        """See prompt.Answers. Whatever is not quite as it was before is left to those who ask with patience."""
+        headers = Headers(response.headers)
+        verdict = judge(asked, response.status, headers, 0.0)
+        if isinstance(verdict, Part) and verdict.facts.ranged and not _icy_metaint(headers):
+            with suppress(SourceFailed):
+                return self._body(Answer(asked, verdict, response, 0), asked.start, asked.stop)
+        response.close(reuse=False)
+        self._place = None
+        return None
+
+    async def go_on(self, asked: Asked, exchange: Exchange | None) -> HttpBody:
+        """See prompt.Answers."""
+        return await self.open(asked.start, asked.stop, asked.expect, begun=exchange)
 
     async def probe(self) -> Facts:
         attempts = Attempts(self._url, PROBE_ATTEMPTS, PROBE_ATTEMPTS)
@@ -109,7 +142,7 @@ class HttpSource:
         declared = self._options.size
         if declared is not None and facts.size not in (None, declared):
             raise SourceFailed(f"{redact_url(self._url)} has {facts.size} bytes, but its declared size is {declared}")
-        return replace(facts, size=declared if declared is not None else facts.size)
+        return facts if declared is None else replace(facts, size=declared)
 
     def _body(self, answer: Answer, start: int, stop: int | None) -> HttpBody:
         verdict = answer.verdict
@@ -126,11 +159,16 @@ class HttpSource:
 
     # -- one settled answer: retries, redirects, a fresh URL
 
-    async def settle(self, asked: Asked, attempts: Attempts) -> Answer:
-        """Ask until there is an answer that can be used. The caller closes it.
+    async def settle(self, asked: Asked, attempts: Attempts, begun: Exchange | None = None) -> Answer:
+        """Ask until there is an answer that can be used, of which `begun` may bring the first. The caller closes it.
         Raises SourceFailed once attempts are spent or none helps, SourceChanged, NotPermitted."""
         refreshed = False
+        if begun is not None:
+            answer = await self._answer_of(begun, asked)
+            if answer is not None:
+                return answer
         while True:
+            began = trio.current_time()
             try:
                 response, headers, verdict = await self._ask(asked)
             except TransportError as error:
@@ -139,6 +177,7 @@ class HttpSource:
                 await attempts.failed(str(error), connecting=error.kind == "connect")
                 continue
             if isinstance(verdict, Part | Whole | Ended):
+                self._remember(response, verdict, trio.current_time() - began)
                 return Answer(asked, verdict, response, _icy_metaint(headers))
             await close(response)
             match verdict:
@@ -155,7 +194,31 @@ class HttpSource:
                         raise SourceFailed(f"{redact_url(self._url)}: {why}")
                     refreshed = True
                     self._url = await _fresh_url(self._options)
-                    self._landing = None
+                    self._landing = self._place = None
+
+    async def _answer_of(self, begun: Exchange, asked: Asked) -> Answer | None:
+        """None where it is of no use: then all is asked anew, as nothing is known yet of why."""
+        try:
+            response = await begun.response()
+        except TransportError:
+            return None  # the server may have closed the connection while it was idle
+        headers = Headers(response.headers)
+        verdict = judge(asked, response.status, headers, time.time())
+        if isinstance(verdict, Part | Whole | Ended):
+            return Answer(asked, verdict, response, _icy_metaint(headers))
+        response.close(reuse=False)
+        self._place = None
+        return None
+
+    def _remember(self, response: Response, verdict: Verdict, seconds: float) -> None:
+        """Where the next range may be asked for at once."""
+        self._place = None
+        if self._lasting and isinstance(response, PlainResponse) and isinstance(verdict, Part) and verdict.facts.ranged:
+            until = trio.current_time() + addresses.RESOLVED_SECONDS
+            if self._landing is not None:
+                until = min(until, self._landing.until)
+            self._place = _Place(response.transport, response.prepared, until)
+            self._patience.answered(seconds)
 
     async def _ask(self, asked: Asked) -> tuple[Response, Headers, Verdict]:
         """One answer, past all redirects. Raises TransportError."""
@@ -235,19 +298,13 @@ class HttpSource:
         template = self._templates.get(url)
         if template is None:
             template = await self._template(url, http2=http2)
-            changing = self._options.netrc, self._options.cookie_file, self._options.secret_headers
-            if not any(changing):  # those may say something else soon
+            if self._lasting:
                 if len(self._templates) >= TEMPLATES:
                     self._templates.clear()
                 self._templates[url] = template
         if not asked.ranged:
             return template
-        last = "" if asked.stop is None else str(asked.stop - 1)
-        varying: tuple[tuple[str, str], ...] = (("Range", f"bytes={asked.start}-{last}"),)
-        pinned = precondition(asked.expect.validator if asked.expect is not None else None)
-        if pinned is not None:
-            varying = (*varying, ("If-Range", pinned))
-        return Request(template.url, headers=template.headers, varying=varying, identity=template.identity)
+        return Request(template.url, headers=template.headers, varying=_varying(asked), identity=template.identity)
 
     async def _template(self, url: str, *, http2: bool) -> Request:
         """A request for `url`, without what tells one from another."""
@@ -279,6 +336,24 @@ class _Landing:
     url: str
     private_allowed: bool
     until: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the latest range came from, and until when (trio time) the next may be asked for there without asking first
+    whether that is still right."""
+
+    transport: PlainTransport
+    request: Prepared
+    until: float
+
+
+def _varying(asked: Asked) -> tuple[tuple[str, str], ...]:
+    """The headers of a request for a range that are not in its template."""
+    last = "" if asked.stop is None else str(asked.stop - 1)
+    wanted = ("Range", f"bytes={asked.start}-{last}")
+    pinned = precondition(asked.expect.validator if asked.expect is not None else None)
+    return (wanted,) if pinned is None else (wanted, ("If-Range", pinned))
 
 
 def _judged(url: str, asked: Asked, response: Response, headers: Headers) -> Verdict:

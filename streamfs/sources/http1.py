@@ -80,54 +80,76 @@ def with_varying(head: bytes, varying: tuple[tuple[str, str], ...]) -> bytes:
     return head + lines.encode("latin-1") + b"\r\n"
 
 
-async def receive_head(connection: Connection, method: str, piece: memoryview) -> tuple[ReplyHead, bytes]:
-    """The final reply's head and the bytes received behind it. `piece`: HEAD_LIMIT bytes of scratch, good until the
-    next await. Raises TransportError("reset" or "protocol")."""
-    buffer = bytearray()
-    state: h11.Connection | None = None  # made where a head needs it
-    for _ in range(INFORMATIONAL_LIMIT):
-        searched = 0
-        while (end := _HEAD_END.search(buffer, searched)) is None:
+class HeadReader:
+    """Finds the final reply's head in what is received after a request by `method`."""
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+        self._buffer = bytearray()
+        self._searched = 0
+        self._state: h11.Connection | None = None  # made where a head needs it
+        self._provisional = 0  # replies so far
+
+    def feed(self, data: memoryview) -> tuple[ReplyHead, bytes] | None:
+        """Take what was received: the head and the bytes received behind it; None while more of it is to come. Raises
+        TransportError("protocol")."""
+        if not self._buffer and self._state is None:
+            received = bytes(data)
+            usual = _USUAL_HEAD.match(received)
+            head = None if usual is None else _usual_head(usual[0])
+            if usual is not None and head is not None:
+                return head, received[usual.end() :]
+        self._buffer += data
+        while (text := self._next()) is not None:
+            head = self._read(text)
+            if head is not None:
+                return head, bytes(self._buffer)
+            self._provisional += 1
+            if self._provisional >= INFORMATIONAL_LIMIT:
+                raise TransportError("protocol", "too many provisional replies")
+        return None
+
+    def _next(self) -> bytes | None:
+        """The bytes of the next head, taken out of the buffer."""
+        buffer = self._buffer
+        end = _HEAD_END.search(buffer, self._searched)
+        if end is None:
             if len(buffer) > HEAD_LIMIT:
                 raise TransportError("protocol", f"the reply's head is longer than {HEAD_LIMIT} bytes")
             if len(buffer) >= 5 and not buffer.startswith((b"HTTP/", b"ICY ")):
                 raise TransportError("protocol", "the answer is not HTTP")
-            searched = max(0, len(buffer) - 3)
-            try:
-                got = await connection.receive_into(piece)
-            except TransportError as error:
-                raise TransportError("reset", f"no reply: {error}") from error
-            if got == 0:
-                raise TransportError("reset", "the connection was closed before a reply")
-            connection.heard = True
-            buffer += piece[:got]
+            self._searched = max(0, len(buffer) - 3)
+            return None
         if end.end() > HEAD_LIMIT:
             raise TransportError("protocol", f"the reply's head is longer than {HEAD_LIMIT} bytes")
         text = bytes(buffer[: end.end()])
         del buffer[: end.end()]
-        if state is None:
-            usual = _usual_head(text)
+        self._searched = 0
+        return text
+
+    def _read(self, text: bytes) -> ReplyHead | None:
+        """None where it is a provisional reply's."""
+        if self._state is None:
+            usual = _usual_head(text) if _USUAL_HEAD.fullmatch(text) else None
             if usual is not None:
-                return usual, bytes(buffer)
-            state = _waiting_for_reply(method)
+                return usual
+            self._state = _waiting_for_reply(self._method)
         text, icy = _tolerated(text)
         try:
-            state.receive_data(text)
-            event = state.next_event()
+            self._state.receive_data(text)
+            event = self._state.next_event()
         except h11.RemoteProtocolError as error:
             raise TransportError("protocol", f"the reply's head is malformed: {reason(error)}") from error
         if isinstance(event, h11.Response):
-            return _reply_head(event, icy), bytes(buffer)
+            return _reply_head(event, icy)
         if not isinstance(event, h11.InformationalResponse):
             raise TransportError("protocol", "the reply's head is malformed")
-    raise TransportError("protocol", "too many provisional replies")
+        return None
 
 
 def _usual_head(text: bytes) -> ReplyHead | None:
-    """A head of the form that nearly all replies have, and which leaves nothing to decide; None: let h11 judge it. That
-    takes ten times as long, which tells where reads are small."""
-    if _USUAL_HEAD.fullmatch(text) is None:
-        return None
+    """A head that is a _USUAL_HEAD, as nearly all are, and leaves nothing to decide; None: let h11 judge it. That takes
+    ten times as long, which tells where reads are small."""
     first, *lines = text[:-4].decode("ascii").split("\r\n")
     headers = []
     lengths = []
@@ -217,12 +239,16 @@ class Counted(Framing):
         self.left = length
         self.at_end = length == 0
 
-    def receive_ready(self, view: memoryview) -> int:
+    def receive_ready(self, view: memoryview, until: float = 0.0) -> int:
+        """As Connection.receive_ready or, with a moment, Connection.receive_by."""
         if self.at_end:
             return 0
         if len(view) > self.left:
             view = view[: self.left]
-        got = self._from_leftover(view) if self.leftover else self.connection.receive_ready(view)
+        if self.leftover:
+            got = self._from_leftover(view)
+        else:
+            got = self.connection.receive_by(view, until) if until else self.connection.receive_ready(view)
         self.left -= got
         self.at_end = self.left == 0
         return got

@@ -66,7 +66,7 @@ class HttpBody:
         self.start = start
         self.end_proven = False
         self._source = source
-        self._name = redact_url(url)
+        self._url = url
         self._stop = stop
         self._stall_timeout = stall_timeout
         self._waited = 0.0  # seconds spent in receive_into since the last byte came
@@ -88,7 +88,7 @@ class HttpBody:
     async def receive_into(self, view: memoryview) -> int:
         if self._ended:
             return 0
-        if count := self._receive_ready(view):
+        if count := self.receive_ready(view):
             self._waited = 0.0
             return count
         began = trio.current_time()
@@ -102,6 +102,17 @@ class HttpBody:
 
     async def aclose(self) -> None:
         await self._drop()
+
+    def close_now(self) -> None:
+        """As `aclose`, where nothing was awaited but `receive_ready` gave all there is."""
+        flow, self._flow = self._flow, None
+        if flow is not None:
+            assert isinstance(flow.response, PlainResponse)
+            flow.response.close()
+
+    @property
+    def _name(self) -> str:
+        return redact_url(self._url)
 
     # -- patience
 
@@ -173,9 +184,9 @@ class HttpBody:
         self._gave(flow, view[:count])
         return count
 
-    def _receive_ready(self, view: memoryview) -> int:
-        """Bytes that the current reply has ready to be given; 0 where there is more to do than to give them. Most reads
-        of a fast source end here, without what waiting takes."""
+    def receive_ready(self, view: memoryview, until: float = 0.0) -> int:
+        """Bytes that the current reply has ready to be given, or has by `until`, as Connection.receive_by; 0 where
+        there is more to do than to give them. Most reads of a fast source end here, without what waiting takes."""
         flow = self._flow
         if flow is None or self._skip:
             return 0
@@ -184,7 +195,7 @@ class HttpBody:
         if room <= 0:
             return 0
         try:
-            count = flow.receive_ready(view[:room])
+            count = flow.receive_ready(view[:room], until)
         except TransportError:
             return 0  # the connection says so again to who waits for it
         if count:
@@ -276,9 +287,11 @@ class _Flow:
         self.fruitful = False  # it has brought a byte that was not there before
         self._decoder = Decoder(verdict.decode) if isinstance(verdict, Whole) and verdict.decode else None
 
-    def receive_ready(self, view: memoryview) -> int:
-        """What can be given without waiting; 0 where that takes `receive_into`. Raises TransportError."""
-        if self._decoder is None and isinstance(self.response, PlainResponse | FtpResponse):
+    def receive_ready(self, view: memoryview, until: float) -> int:
+        """As HttpBody's. Raises TransportError."""
+        if self._decoder is None and isinstance(self.response, PlainResponse):
+            return self.response.receive_ready(view, until)
+        if self._decoder is None and isinstance(self.response, FtpResponse):
             return self.response.receive_ready(view)
         return 0
 

@@ -196,14 +196,21 @@ def _judge_unsatisfied(asked: Asked, headers: Headers) -> Verdict:
 
 def facts_of(headers: Headers, size: int | None, *, ranged: bool) -> Facts:
     """The facts a reply tells. `ranged`: whether ranges were served; kept only where versions can be told apart."""
-    validator = validator_of(headers, size)
-    modified = parse_date(headers.get("last-modified"))
-    kind = (headers.get("content-type") or "").split(";")[0].split(",")[0].strip().lower()
+    get = headers.get
+    told = get("etag"), get("last-modified"), get("date")
+    return _facts(*told, kind=get("content-type") or "", size=size, ranged=ranged)
+
+
+@functools.lru_cache(256)  # the replies of one version say the same, but for Date, and that for a second
+def _facts(etag: str | None, date: str | None, sent: str | None, *, kind: str, size: int | None, ranged: bool) -> Facts:
+    validator = _validator(etag, date, sent, size)
+    modified = parse_date(date)
+    mime = kind.split(";")[0].split(",")[0].strip().lower()
     return Facts(
         size=size,
         ranged=ranged and validator is not None,
         validator=validator,
-        mime=kind if re.fullmatch(r"[!-~]+/[!-~]+", kind) else None,
+        mime=mime if re.fullmatch(r"[!-~]+/[!-~]+", mime) else None,
         modified=modified.timestamp() if modified is not None else None,
     )
 
@@ -211,14 +218,16 @@ def facts_of(headers: Headers, size: int | None, *, ranged: bool) -> Facts:
 def validator_of(headers: Headers, size: int | None) -> str | None:
     """The canonical name of the version: `etag:"…"` for a strong entity tag, `modified:<date>;size:<n>` (and the
     weak tag, if there is one: where it changes, something did) for a date with a length, else None."""
-    etag = headers.get("etag")
+    return _validator(headers.get("etag"), headers.get("last-modified"), headers.get("date"), size)
+
+
+def _validator(etag: str | None, date: str | None, sent_date: str | None, size: int | None) -> str | None:
     if etag is not None and _STRONG_ETAG.fullmatch(etag):
         return f"etag:{etag}"
-    date = headers.get("last-modified")
     modified = parse_date(date)
     if date is None or modified is None or size is None:
         return None
-    sent = parse_date(headers.get("date"))
+    sent = parse_date(sent_date)
     if sent is not None and (sent - modified).total_seconds() < 1:
         return None  # it may change again within the second that the date names (RFC 9110, 8.8.2.2)
     return f"modified:{date};size:{size}" + (f";weak:{etag}" if etag is not None else "")

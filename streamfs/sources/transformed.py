@@ -58,6 +58,9 @@ class TransformedSource:
         inner = await self._inner.open(0, None, None if expect is None else self._expected_inside(expect))
         return TransformedBody(inner, self._outside(inner.facts), self._chain(inner))
 
+    def begin(self, start: int, stop: int, expect: Facts) -> None:
+        """What comes has to be transformed first."""
+
     async def probe(self) -> Facts:
         return self._outside(await self._inner.probe())
 
