@@ -26,6 +26,7 @@ from streamfs.engine.lanes import SEGMENT
 from streamfs.engine.pool import LARGE
 from streamfs.engine.recording import BLOCK, Header, Recording
 from streamfs.engine.state import again
+from streamfs.engine.store import Gathered
 from streamfs.entries import Entry
 from streamfs.errors import NoSpace, SourceChanged, SourceFailed, SourceStalled, StreamfsError, told
 from streamfs.news import News
@@ -238,6 +239,8 @@ class Generation:
                 found = self.buffer.look(offset, size)
         except StreamfsError:
             return None
+        if isinstance(found, Gathered) and not found.disk:
+            found = memoryview(found.out)
         if not isinstance(found, memoryview):
             return None
         if not sparing:

@@ -24,6 +24,9 @@ import trio
 
 AT_ONCE = 16
 """Requests read one after another before other tasks get their turn: about a millisecond's worth."""
+AT_MOST = 2e-3
+"""Seconds after which they get it in any case: a read whose source answers on the spot (streamfs.sources.prompt) takes as
+long as ten others."""
 NEXT_WITHIN = 60e-6
 """Seconds in which the next request of a program that reads in small steps is waited for on the spot: some 30 go by
 until it has been woken and asks again, and a round of trio takes 50 of the processor."""
@@ -87,6 +90,7 @@ class Turns:
         self._line: deque[trio.lowlevel.Task] = deque()
         self._poll: select.poll | None = None
         self._streak = 0
+        self._began = 0.0  # by time.monotonic: the streak
         self._misses = 0  # times in a row that no request came on the spot
         self.lowlevel = self
 
@@ -124,11 +128,17 @@ class Turns:
             os.set_blocking(fd, False)  # or a request that is taken back would leave everybody waiting for the next
             self._poll = select.poll()
             self._poll.register(fd, select.POLLIN)
-        while self._streak >= AT_ONCE or not self._is_there(self._poll):
+        while self._is_over() or not self._is_there(self._poll):
             self._streak = 0
             # What this sees may be taken back before this task runs: it is asked once more, right before reading.
             await trio.lowlevel.wait_readable(fd)
+        if not self._streak:
+            self._began = time.monotonic()
         self._streak += 1
+
+    def _is_over(self) -> bool:
+        """Whether it is other tasks' turn."""
+        return self._streak >= AT_ONCE or (self._streak > 0 and time.monotonic() - self._began >= AT_MOST)
 
     def _is_there(self, poll: select.poll) -> bool:
         """Whether a request is there, or comes on the spot where they have come so."""

@@ -283,6 +283,66 @@ def test_reads_here_and_there_come_to_bring_what_is_asked_alone() -> None:
     assert (fetch.limit, fetch.window(), fetch.ahead) == (50 * MIB + 4 * KIB, 50 * MIB + 4 * KIB, 0)
 
 
+def test_a_jump_is_begun_only_where_a_demand_would_bring_no_more_than_it_asks_for() -> None:
+    plan = plan_of()
+    jumped(plan, MANY_JUMPS)
+    assert plan.jump(50 * MIB, 50 * MIB + KIB) is None, "not one too few"
+    jumped(plan, 1)
+    fetch = plan.jump(50 * MIB, 50 * MIB + KIB)
+    assert fetch is not None
+    assert (fetch.start, fetch.limit, fetch.ahead) == (50 * MIB, 50 * MIB + KIB, 0)
+    assert plan.jump(50 * MIB + KIB, 50 * MIB + 2 * KIB) is None, "that one brings it"
+    brought(fetch)
+    plan.ended(fetch)
+    assert plan.jump(50 * MIB + KIB, 50 * MIB + 2 * KIB) is None, "its reader reads on"
+    withdrawn = plan.jump(60 * MIB, 60 * MIB + KIB)
+    assert withdrawn is not None
+    plan.withdraw(withdrawn)
+    assert plan.fetches == []
+    assert demanded(plan, 60 * MIB, KIB).ahead == 0
+    plan.want_all()
+    assert plan.jump(70 * MIB, 70 * MIB + KIB) is None
+
+
+def test_no_jump_is_begun_where_all_fetches_are_busy() -> None:
+    plan = plan_of()
+    jumped(plan, MANY_JUMPS + 1)
+    for place in range(MOST_FETCHES):
+        assert plan.jump(3 * place * MIB, 3 * place * MIB + KIB) is not None
+    assert plan.jump(50 * MIB, 50 * MIB + KIB) is None
+
+
+def test_two_places_beside_each_other_by_chance_change_little_where_many_were_far_apart() -> None:
+    plan = plan_of()
+    jumped(plan, 10 * MANY_JUMPS)
+    fetch = demanded(plan, 50 * MIB, 4 * KIB)
+    assert plan.demand(50 * MIB + 8 * KIB, 50 * MIB + 12 * KIB) is None
+    fetch.position = 50 * MIB + 12 * KIB
+    plan.ended(fetch)
+    assert demanded(plan, 70 * MIB, 4 * KIB).ahead == 0
+
+
+def test_a_read_that_asks_once_more_is_no_sign_of_reading_on() -> None:
+    plan = plan_of()
+    jumped(plan, MANY_JUMPS)
+    fetch = demanded(plan, 50 * MIB, 4 * KIB)
+    for _ in range(10):
+        assert plan.demand(50 * MIB, 50 * MIB + 4 * KIB) is None
+    assert (fetch.limit, fetch.ahead) == (50 * MIB + 4 * KIB, 0)
+    brought(fetch)
+    plan.ended(fetch)
+    assert demanded(plan, 70 * MIB, 4 * KIB).ahead == 0
+
+
+def test_where_a_program_reads_here_and_there_a_resting_fetch_is_not_read_on_for_what_lies_far_ahead() -> None:
+    plan = plan_of()
+    jumped(plan, MANY_JUMPS)
+    fetch = demanded(plan, 50 * MIB, 4 * KIB)
+    brought(fetch)
+    far = demanded(plan, fetch.position + MIB // 2, 4 * KIB)
+    assert (far.start, far.limit) == (fetch.position + MIB // 2, fetch.position + MIB // 2 + 4 * KIB)
+
+
 def test_reading_on_after_many_jumps_brings_read_ahead_back() -> None:
     plan = plan_of()
     jumped(plan, MANY_JUMPS + 3)

@@ -216,6 +216,24 @@ async def test_a_flood_of_requests_leaves_other_tasks_their_turn() -> None:
     assert len(seen) >= 1000 // (AT_ONCE + 1)
 
 
+async def test_other_tasks_get_their_turn_sooner_where_answers_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = 0
+    seen: list[int] = []
+    monkeypatch.setattr(module, "AT_MOST", 0.0)  # as if each answer took so long
+
+    async def handler(request: bytes) -> None:
+        nonlocal answered
+        answered += 1
+
+    async with running(handler) as (_, fd):
+        await trio.testing.wait_all_tasks_blocked()
+        os.write(fd, bytes(100))
+        while answered < 100:
+            seen.append(answered)
+            await trio.lowlevel.checkpoint()
+    assert len(set(seen)) >= 100 // 3  # not one sixteenth
+
+
 class Clock:
     """In place of the module's time: goes on by a tenth of the time in which a next request is waited for."""
 
@@ -224,6 +242,9 @@ class Clock:
         self._at_look = at_look
         monkeypatch.setattr(module, "_SEVERAL", True)
         monkeypatch.setattr(module, "time", self)
+
+    def monotonic(self) -> float:
+        return 0.0
 
     def perf_counter(self) -> float:
         self.looks += 1
