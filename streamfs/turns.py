@@ -25,8 +25,8 @@ import trio
 AT_ONCE = 16
 """Requests read one after another before other tasks get their turn: about a millisecond's worth."""
 AT_MOST = 2e-3
-"""Seconds after which they get it in any case: a read whose source answers on the spot (streamfs.sources.prompt) takes as
-long as ten others."""
+"""Seconds after which they get it in any case: a read whose source answers on the spot (streamfs.sources.prompt) takes
+as long as ten others."""
 NEXT_WITHIN = 60e-6
 """Seconds in which the next request of a program that reads in small steps is waited for on the spot: some 30 go by
 until it has been woken and asks again, and a round of trio takes 50 of the processor."""

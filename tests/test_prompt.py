@@ -149,6 +149,7 @@ def near() -> Iterator[Near]:
 def moment(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets how long a reply is waited for: WAIT for one that is sure to come, or little for one that is not."""
     monkeypatch.setattr(prompt, "NEAR", WAIT)  # however busy the machine is
+    monkeypatch.setattr(prompt, "SEVERAL", True)
     return lambda seconds: monkeypatch.setattr(prompt, "MOMENT", seconds)
 
 
@@ -308,7 +309,8 @@ async def test_a_large_read_and_one_that_goes_on_are_left_to_a_fetch(
         assert bytes(await handle.read(AT + MIB + 4096, 4096)) == near.content[AT + MIB + 4096 :][:4096]
 
 
-def test_patience_is_for_near_servers_only() -> None:
+def test_patience_is_for_near_servers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt, "SEVERAL", True)
     patience = Patience()
     assert not patience.worth(), "nothing is known yet"
     patience.answered(2 * NEAR)
@@ -317,7 +319,15 @@ def test_patience_is_for_near_servers_only() -> None:
     assert patience.worth()
 
 
-def test_patience_ends_after_misses_and_is_tried_again_later() -> None:
+def test_there_is_no_patience_with_one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt, "SEVERAL", False)
+    patience = Patience()
+    patience.answered(NEAR / 2)
+    assert not patience.worth()
+
+
+def test_patience_ends_after_misses_and_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt, "SEVERAL", True)
     patience = Patience()
     patience.answered(NEAR / 2)
     for _ in range(MISSES - 1):

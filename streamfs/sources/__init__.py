@@ -6,6 +6,7 @@ command       standard output of a command
 file          file:/// URLs
 http          http, https, ftp, ftps, sftp: what is asked, what is done with a reply
   httpbody      the bytes, over as many replies as it takes     decoding, overlap: gzip; a second reading compared
+  prompt        replies of a server so near that they are waited for on the spot
   replies       what a reply means     attempts: how often one is tried     addresses, credentials: where, and as whom
   transports    which transport carries a URL     transport: what each of them does
     plain         HTTP/1.1: a pool of connections     http1: heads and bodies     connection: sockets and TLS

@@ -8,6 +8,7 @@ ever, so nothing is lost but the moment; and where several were lost in a row, n
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Protocol
 
@@ -20,14 +21,15 @@ from streamfs.sources.plain import Exchange, PlainResponse
 from streamfs.sources.replies import Asked
 from streamfs.sources.transport import TransportError
 
-MOMENT = 250e-6
+MOMENT = 150e-6
 """Seconds that are waited on the spot for a reply, and as many for the rest of its bytes: nginx on the same machine
-takes 50 to 150 microseconds, and to wait for it by way of a task costs several hundred of the processor."""
+takes 60 microseconds, one time in ten 150, and to wait for it by way of a task costs several hundred."""
 NEAR = 5e-3
 """Seconds within which a server has answered of which replies may come on the spot. Far more than MOMENT, as it
 includes what the event loop did meanwhile."""
 MISSES = 3  # in a row, after which a server seems to be too slow
 LOOK_AGAIN = 16  # requests after which it is tried once more
+SEVERAL = len(os.sched_getaffinity(0)) > 1  # processors: with one alone, a server here could not answer meanwhile
 
 
 class Patience:
@@ -47,6 +49,8 @@ class Patience:
 
     def worth(self) -> bool:
         """Ask once for each request."""
+        if not SEVERAL:
+            return False
         if self._misses >= MISSES:
             self._misses = (self._misses + 1) % LOOK_AGAIN
             return False
