@@ -21,9 +21,9 @@ from streamfs.sources.plain import Exchange, PlainResponse
 from streamfs.sources.replies import Asked
 from streamfs.sources.transport import TransportError
 
-MOMENT = 150e-6
+MOMENT = 250e-6
 """Seconds that are waited on the spot for a reply, and as many for the rest of its bytes: nginx on the same machine
-takes 60 microseconds, one time in ten 150, and to wait for it by way of a task costs several hundred."""
+takes 60 microseconds, one time in ten 150, one in a hundred 300, and a task that waits costs 700 more."""
 NEAR = 5e-3
 """Seconds within which a server has answered of which replies may come on the spot. Far more than MOMENT, as it
 includes what the event loop did meanwhile."""
