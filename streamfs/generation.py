@@ -419,7 +419,7 @@ class Generation:
 
     def begin(self, body: Body, size: int, latency: float) -> None:
         """Use the body of an opening request, which starts at 0, asked for `size` bytes and took `latency` seconds."""
-        self._latency = latency - _setup(body)
+        self._latency = _reply_seconds(body, latency)
         self._run(self.plan.first(size), body, size)
 
     def _run(self, fetch: Fetch, body: Body | None = None, size: int = 0) -> None:
@@ -519,7 +519,7 @@ class Generation:
             await self._context.cache.spare_descriptors()
             body = await self._stream.source.open(0, None, facts if self._stream.is_url else None)
         self.validated = time.monotonic()
-        self._latency = trio.current_time() - began - _setup(body)
+        self._latency = _reply_seconds(body, trio.current_time() - began)
         return body, stop
 
     def _end_of_request(self, fetch: Fetch) -> int | None:
@@ -730,9 +730,11 @@ def tell_failure(news: News, stream_id: int, error: StreamfsError) -> None:
     news.tell("stalled" if isinstance(error, SourceStalled) else "failed", stream_id, error=str(error))
 
 
-def _setup(body: Body) -> float:
-    """Seconds of its opening that went into more than one question and its reply: they say nothing of the link."""
-    return float(getattr(body, "setup_seconds", 0.0))
+def _reply_seconds(body: Body, opening: float) -> float:
+    """Seconds that the source takes to reply, where `opening` the body took so many: the body may know better, as a
+    login says nothing of the link."""
+    told = getattr(body, "reply_seconds", None)
+    return opening if told is None else float(told)
 
 
 def _kept_digest(recording: Recording) -> str | None:

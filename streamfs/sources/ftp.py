@@ -65,16 +65,15 @@ class FtpTransport:
         if self._closed:
             raise TransportError("refused", "the transport is closed")
         place, path = _asked(request)
-        began = trio.current_time()
         try:
             session = await self._rested(place)
             if session is not None:
                 try:
-                    return await self._exchange(session, request, path, began)
+                    return await self._exchange(session, request, path)
                 except TransportError:
                     if session.heard:
                         raise  # else the server had ended it meanwhile, which says nothing of its health
-            return await self._exchange(await _logged_in(place), request, path, began)
+            return await self._exchange(await _logged_in(place), request, path)
         except _RefusedError as no:
             return FtpResponse(FileHead(no.refusal.status, no.refusal.text, [], 0))
 
@@ -102,7 +101,7 @@ class FtpTransport:
                 session.close()
         return None
 
-    async def _exchange(self, session: _Session, request: Request, path: bytes, began: float) -> FtpResponse:
+    async def _exchange(self, session: _Session, request: Request, path: bytes) -> FtpResponse:
         try:
             if request.method == "GET":
                 await session.open_data()  # first, so that nothing takes time between the file's version and its bytes
@@ -111,7 +110,7 @@ class FtpTransport:
                 self.give_back(session)
                 return FtpResponse(head)
             await session.retrieve(path, head.span.first if head.span is not None else 0)
-            return FtpResponse(head, session, self, began)
+            return FtpResponse(head, session, self)
         except _RefusedError:
             self.give_back(session)
             raise
@@ -125,21 +124,14 @@ class FtpResponse:
 
     http_version = "1.1"
 
-    def __init__(
-        self,
-        head: FileHead,
-        session: _Session | None = None,
-        transport: FtpTransport | None = None,
-        began: float = 0.0,
-    ) -> None:
-        """Without a session, and so without a body, or with the session that brings it, to go back to `transport`;
-        the request then `began` at that time of trio's."""
+    def __init__(self, head: FileHead, session: _Session | None = None, transport: FtpTransport | None = None) -> None:
+        """Without a session, and so without a body, or with the session that brings it, to go back to `transport`."""
         self.status = head.status
         self.reason = head.reason
         self.headers = head.headers
         self.ending: Ending = "chunked" if head.length is None else "length"  # the server's word, or so many bytes
-        self.setup_seconds = session.asked_at - began if session is not None else 0.0
-        """What was before the file was asked for: a login, a connection, other questions."""
+        self.reply_seconds = session.reply_seconds if session is not None else 0.0
+        """What the quickest of the server's replies took: a login and many questions say nothing of the link."""
         self._session = session
         self._transport = transport
         self._left = head.length if session is not None else 0  # bytes of the body; None: until the server says so
@@ -241,7 +233,7 @@ class _Session:
         self.place = place
         self.data: Connection | None = None
         self.restarts = False  # whether the server can begin anywhere in a file
-        self.asked_at = 0.0  # trio's time when it was asked for the file
+        self.reply_seconds = float("inf")  # the least that a reply took since it last began to serve
         self.heard = True  # any reply since it last began to serve
         self._owed = False  # the word that ends the last exchange
         self._extended = True  # EPSV works, as far as is known
@@ -273,7 +265,7 @@ class _Session:
         """Whether it can serve again, as far as can be seen. Waits for what the server owes it."""
         if self._owed and await self.last_word(OWED_SECONDS) is None:
             return False
-        self.heard = False
+        self.heard, self.reply_seconds = False, float("inf")
         return not self._received and self._control.silent()
 
     async def open_data(self) -> None:
@@ -318,7 +310,6 @@ class _Session:
             self._check_busy(reply)
             if reply.code != 350:
                 raise TransportError("protocol", f"the server does not begin at byte {first}: {self._shown(reply)}")
-        self.asked_at = trio.current_time()
         reply = await self._ask(b"RETR " + path)
         if reply.code < 200:
             self._owed = True
@@ -357,8 +348,10 @@ class _Session:
         """The reply to one command. Raises TransportError, and _RefusedError where it is the session's end."""
         if self._received:
             raise TransportError("reset", "the server said something that nobody had asked")
+        began = trio.current_time()
         await self._control.send(command + b"\r\n")
         reply = await self._reply()
+        self.reply_seconds = min(self.reply_seconds, trio.current_time() - began)
         if reply.code == 421:
             if not self.heard:
                 raise TransportError("reset", f"the server had ended the session: {reply}")

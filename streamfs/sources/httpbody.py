@@ -79,8 +79,8 @@ class HttpBody:
         self._again: Marks | None = None  # the second reading, up to `_position`
         self._ended = False
         self._scratch: memoryview | None = None
-        self.setup_seconds = answer.response.setup_seconds if isinstance(answer.response, FtpResponse) else 0.0
-        """Seconds of its opening that went into more than one question and its reply."""
+        self.reply_seconds = answer.response.reply_seconds if isinstance(answer.response, FtpResponse) else None
+        """What one reply took, where its opening was more than one question; None: it was one."""
         self.icy_metaint = answer.icy_metaint
         """Bytes between two blocks of radio metadata; 0: there are none."""
         self._take(answer)
