@@ -27,9 +27,10 @@ AT_ONCE = 16
 AT_MOST = 2e-3
 """Seconds after which they get it in any case: a read whose source answers on the spot (streamfs.sources.prompt) takes
 as long as ten others."""
-NEXT_WITHIN = 60e-6
-"""Seconds in which the next request of a program that reads in small steps is waited for on the spot: some 30 go by
-until it has been woken and asks again, and a round of trio takes 50 of the processor."""
+NEXT_WITHIN = 100e-6
+"""Seconds in which the next request of a program that reads in small steps is waited for on the spot: 10 to 90
+microseconds go by until it has been woken and asks again; to sleep takes a round of trio, 50 of the processor, and as
+long to be woken."""
 _MISSES = 3  # in a row, after which no program seems to read so
 _LOOK_AGAIN = 64  # requests after which it is tried once more
 _SEVERAL = len(os.sched_getaffinity(0)) > 1  # processors: with one alone, nobody could ask meanwhile
@@ -128,10 +129,16 @@ class Turns:
             os.set_blocking(fd, False)  # or a request that is taken back would leave everybody waiting for the next
             self._poll = select.poll()
             self._poll.register(fd, select.POLLIN)
-        while self._is_over() or not self._is_there(self._poll):
-            self._streak = 0
-            # What this sees may be taken back before this task runs: it is asked once more, right before reading.
-            await trio.lowlevel.wait_readable(fd)
+        # What is seen may be taken back while this task waits: it is asked once more, right before reading.
+        while True:
+            if not self._is_there(self._poll):
+                self._streak = 0
+                await trio.lowlevel.wait_readable(fd)
+            elif self._is_over():
+                self._streak = 0
+                await trio.lowlevel.checkpoint()  # to wait for what is there already would cost twice as much
+            else:
+                break
         if not self._streak:
             self._began = time.monotonic()
         self._streak += 1
@@ -151,6 +158,7 @@ class Turns:
             return False
         until = time.perf_counter() + NEXT_WITHIN
         while time.perf_counter() < until:
+            os.sched_yield()  # the program may be waiting for this very processor
             if poll.poll(0):
                 self._misses = 0
                 return True

@@ -234,6 +234,30 @@ async def test_other_tasks_get_their_turn_sooner_where_answers_take_long(monkeyp
     assert len(set(seen)) >= 100 // 3  # not one sixteenth
 
 
+async def test_requests_that_are_there_are_not_waited_for_when_others_had_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answered = waits = 0
+    wait_readable = trio.lowlevel.wait_readable
+
+    async def handler(request: bytes) -> None:
+        nonlocal answered
+        answered += 1
+
+    async def counted(fd: int) -> None:
+        nonlocal waits
+        waits += 1
+        await wait_readable(fd)
+
+    async with running(handler) as (_, fd):
+        await trio.testing.wait_all_tasks_blocked()
+        monkeypatch.setattr(trio.lowlevel, "wait_readable", counted)
+        os.write(fd, bytes(4 * AT_ONCE))
+        while answered < 4 * AT_ONCE:
+            assert waits == 0
+            await trio.lowlevel.checkpoint()
+
+
 class Clock:
     """In place of the module's time: goes on by a tenth of the time in which a next request is waited for."""
 
