@@ -88,6 +88,7 @@ class FakeBody:
         self.position = start
         self.end_proven = True
         self.exit_status: int | None = None
+        self.reply_seconds: float | None = None
         self._closed = False
         origin.bodies += 1
 

@@ -147,6 +147,24 @@ async def test_without_delay_a_body_that_goes_on_is_read_to_its_end(
     assert link.origin.opens == [(0, None)]
 
 
+class SlowLogin(Ftp):
+    """Near, but each of its bodies takes a login, and says so."""
+
+    async def open(self, start: int, stop: int | None, expect: Facts | None) -> FakeBody:
+        body = await super().open(start, stop, expect)
+        body.reply_seconds = 0.001
+        return body
+
+
+async def test_an_opening_that_takes_long_is_no_delay_of_the_link(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    link = SlowLogin(Origin(size=64 * MIB), delay=0.1)
+    async with a_house(tmp_path, read_ahead=8 * MIB, memory=256 * MIB) as house:
+        await timed(house, link)
+    assert link.origin.opens == [(0, None)]
+
+
 async def test_a_reader_that_pauses_does_not_make_its_link_seem_slow(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
