@@ -351,6 +351,8 @@ class Generation:
         self.plan.release()
         self._ring()
         self._left = trio.current_time()
+        if not self._scopes:
+            self._context.cache.rests(self)  # what came on the spot had no fetch whose end would tell
         if self._scopes and self._stream.is_url:
             self._context.nursery.start_soon(self._end_unneeded)
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import trio
 
+from streamfs import generation
+from streamfs.cache import Cache
 from streamfs.engine.fetches import MANY_JUMPS
 from streamfs.entries import Entry
 from streamfs.errors import SourceChanged
@@ -307,6 +309,22 @@ async def test_a_large_read_and_one_that_goes_on_are_left_to_a_fetch(
         assert read_now(handle, near, AT + MIB, 4096)
         assert not read_now(handle, near, AT + MIB + 4096, 4096), "its reader reads on, so more than that is brought"
         assert bytes(await handle.read(AT + MIB + 4096, 4096)) == near.content[AT + MIB + 4096 :][:4096]
+
+
+async def test_after_the_last_close_the_cache_is_told_that_nothing_is_fetched_any_more(
+    near: Near, tmp_path: Path, moment: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment(WAIT)
+    monkeypatch.setattr(generation, "IDLE", 0.0)
+    rested: list[object] = []
+    async with jumping(near, tmp_path) as handle:
+        while handle.generation.fetching:
+            await handle.generation._fetch_ended.wait()
+        assert read_now(handle, near, AT, 4096)
+        monkeypatch.setattr(Cache, "rests", lambda _, told: rested.append(told))
+        told = handle.generation
+        handle.close()
+        assert rested == [told]
 
 
 def test_patience_is_for_near_servers_only(monkeypatch: pytest.MonkeyPatch) -> None:
