@@ -85,6 +85,14 @@ class Bench:
         size = self.origin.part_size
         return self._peer(f"memfs {mode}", lambda: contenders.mounted_memfs(size, mode, self.scratch))
 
+    def bare(self, mode: str = "cached") -> Mounted | None:
+        url = self.origin.url("plain", self.origin.big)
+        return self._peer(f"bare {mode}", lambda: contenders.mounted_bare(url, mode, self.scratch))
+
+    def bare_memory(self, mode: str) -> Mounted | None:
+        size = self.origin.part_size
+        return self._peer(f"bare memory {mode}", lambda: contenders.mounted_bare(size, mode, self.scratch))
+
     def _peer(self, key: str, make: Callable[[], object]) -> Mounted | None:
         try:
             return self._get(key, make)
@@ -145,6 +153,7 @@ def _sequential(
         peers = [(bench.rclone(kind), make)]
         if httpfs2:
             peers.append((bench.httpfs2(), make))
+            peers.append((bench.bare("direct" if how is work.dd_direct else "cached"), make))
         return _with_peers(found, *peers)
 
     return prepare
@@ -159,7 +168,14 @@ def _memory_cached(bench: Bench, stack: ExitStack) -> dict[str, Figure]:
         return _rate(size, work.dd(path))
 
     found: dict[str, Figure] = {"streamfs": partial(read, bench.roomy.path(name))}
-    return _with_peers(found, (bench.memfs("cached"), lambda m: partial(read, m.path("file"))))
+    return _from_memory(bench, "cached", found, lambda path: partial(read, path))
+
+
+def _from_memory(
+    bench: Bench, mode: str, found: dict[str, Figure], make: Callable[[Path], Figure]
+) -> dict[str, Figure]:
+    peers = (bench.memfs(mode), bench.bare_memory(mode))
+    return _with_peers(found, *[(peer, lambda mounted: make(mounted.path("file"))) for peer in peers])
 
 
 def _memory_direct(bench: Bench, stack: ExitStack) -> dict[str, Figure]:
@@ -171,12 +187,13 @@ def _memory_direct(bench: Bench, stack: ExitStack) -> dict[str, Figure]:
     stack.callback(os.close, fd)
     work.dd_open(fd)
     found: dict[str, Figure] = {"streamfs": lambda: _rate(size, work.dd_open(fd))}
-    memfs = bench.memfs("direct")
-    if memfs is not None:
-        other = os.open(memfs.path("file"), os.O_RDONLY)
+
+    def make(path: Path) -> Figure:
+        other = os.open(path, os.O_RDONLY)
         stack.callback(os.close, other)
-        found[memfs.name] = lambda: _rate(size, work.dd_open(other))
-    return found
+        return lambda: _rate(size, work.dd_open(other))
+
+    return _from_memory(bench, "direct", found, make)
 
 
 def _spilled(bench: Bench, stack: ExitStack) -> dict[str, Figure]:
@@ -230,7 +247,7 @@ def _random_cold(step: int) -> Callable[[Bench, ExitStack], dict[str, Figure]]:
             return read
 
         found = {"streamfs": make(bench.streamfs, f"plain/{origin.big}")}
-        return _with_peers(found, (bench.httpfs2(), make), (bench.rclone(), make))
+        return _with_peers(found, (bench.httpfs2(), make), (bench.rclone(), make), (bench.bare(), make))
 
     return prepare
 
@@ -243,8 +260,7 @@ def _random_memory(bench: Bench, stack: ExitStack) -> dict[str, Figure]:
         contenders.drop_pages(path)
         return work.random_reads(path, size, 4096, 0.7 if bench.quick else 1.5)
 
-    found: dict[str, Figure] = {"streamfs": partial(read, path)}
-    return _with_peers(found, (bench.memfs("cached"), lambda m: partial(read, m.path("file"))))
+    return _from_memory(bench, "cached", {"streamfs": partial(read, path)}, lambda path: partial(read, path))
 
 
 def _first_byte(bench: Bench, stack: ExitStack) -> dict[str, Figure]:
@@ -257,9 +273,8 @@ def _first_byte(bench: Bench, stack: ExitStack) -> dict[str, Figure]:
 
         return lambda: sorted(once() for _ in range(9))[4] * 1000
 
-    return _with_peers(
-        {"streamfs": make(bench.streamfs, f"plain/{name}")}, (bench.httpfs2(), make), (bench.rclone(), make)
-    )
+    found = {"streamfs": make(bench.streamfs, f"plain/{name}")}
+    return _with_peers(found, (bench.httpfs2(), make), (bench.rclone(), make), (bench.bare(), make))
 
 
 def _crowd(readers: int) -> Callable[[Bench, ExitStack], dict[str, Figure]]:

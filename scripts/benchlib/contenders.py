@@ -125,6 +125,16 @@ def mounted_httpfs2(origin: Origin, scratch: Path) -> Iterator[Mounted]:
 
 
 @contextmanager
+def mounted_bare(source: str | int, mode: str, scratch: Path) -> Iterator[Mounted]:
+    """The least that a file system in Python can be: the ceiling. `source`: a URL, or the size of a file in memory;
+    `mode`: direct or cached."""
+    mountpoint = Path(tempfile.mkdtemp(prefix="bare-", dir=scratch))
+    argv = [sys.executable, str(Path(__file__).with_name("bare.py")), str(mountpoint), str(source), mode]
+    with _mounted(argv, mountpoint, scratch) as pid:
+        yield Mounted("bare pyfuse3", mountpoint, pid)
+
+
+@contextmanager
 def mounted_memfs(size: int, mode: str, scratch: Path) -> Iterator[Mounted]:
     """The C program: `mode` is direct or cached. The kernel is tuned for it as for streamfs."""
     program = scratch / "memfs"
