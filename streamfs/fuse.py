@@ -46,13 +46,18 @@ def _guarded(handler: _Handler) -> _Handler:
             return await handler(*arguments, **named)
         except pyfuse3.FUSEError:
             raise
-        except StreamfsError as error:
-            raise pyfuse3.FUSEError(error.errno) from error
-        except Exception as bug:
-            log.exception("%s failed in an unforeseen way", handler.__name__)
-            raise pyfuse3.FUSEError(errno.EIO) from bug
+        except Exception as error:
+            raise _answer_to(error, handler.__name__) from error
 
     return guarded  # type: ignore[return-value]
+
+
+def _answer_to(error: Exception, handler: str) -> pyfuse3.FUSEError:
+    """What the kernel is told of an error that is being handled."""
+    if isinstance(error, StreamfsError):
+        return pyfuse3.FUSEError(error.errno)
+    log.exception("%s failed in an unforeseen way", handler)
+    return pyfuse3.FUSEError(errno.EIO)
 
 
 def _shown(handler: _Handler) -> _Handler:
@@ -207,11 +212,15 @@ class Operations(pyfuse3.Operations):
         # Pages may stay in the kernel's cache from open to open: an inode's bytes never change.
         return pyfuse3.FileInfo(fh=FileHandleT(opened.handle), direct_io=direct, keep_cache=not opened.direct)
 
-    @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> Any:
-        found = self._fs.read_now(fh, off, size)
-        if found is not None:
-            return found
+        try:
+            found = self._fs.read_now(fh, off, size)
+        except Exception as bug:
+            raise _answer_to(bug, "read") from bug
+        return found if found is not None else await self._read(fh, off, size)
+
+    @_guarded
+    async def _read(self, fh: FileHandleT, off: int, size: int) -> Any:
         file = self._files[fh]
         with self._interrupts.watch(file.opener, ahead=not file.direct, inode=file.inode, offset=off, size=size):
             if not file.direct:

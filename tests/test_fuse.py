@@ -109,3 +109,16 @@ async def test_past_the_kernels_limit_a_read_ahead_is_turned_away_at_once_and_a_
         with trio.move_on_after(60) as patience:
             await operations.read(pyfuse3.FileHandleT(1), 0, PAGE)
         assert patience.cancelled_caught
+
+
+async def test_a_defect_in_what_answers_at_once_is_an_error_of_that_read_alone(
+    operations: Operations, files: FakeFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def defective(number: int, offset: int, size: int) -> memoryview | None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(files, "read_now", defective)
+    with pytest.raises(pyfuse3.FUSEError) as refused:
+        await operations.read(1, 0, PAGE)  # type: ignore[arg-type]
+    assert refused.value.errno == errno.EIO
+    assert "unforeseen" in caplog.text

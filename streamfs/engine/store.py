@@ -7,7 +7,7 @@ a byte may be read from memory or from disk, whichever the table names at that m
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -47,9 +47,6 @@ class Segment:
         """The bytes from `start` to `stop`, offsets in the stream."""
         shift = self.base - self.start
         return memoryview(self.piece)[shift + start : shift + stop]
-
-    def __lt__(self, other: Segment) -> bool:
-        return self.start < other.start
 
 
 @dataclass(slots=True)
@@ -102,6 +99,7 @@ class Store:
         self._pool = pool
         self.recording = recording
         self._segments: list[Segment] = []  # INVARIANT: sorted by start, disjoint, none empty
+        self._starts: list[int] = []  # INVARIANT: of `_segments`; every read looks here
         self._made = 0  # segments so far
         self.memory = 0  # bytes of pieces held, those of still empty segments too
         self._cleared = False  # nothing is kept any more: pieces go back as soon as nobody works on them
@@ -133,7 +131,9 @@ class Store:
             raise ValueError(f"there was no room for {count} bytes")
         segment.lent = False
         if count and not segment.filled:
-            insort(self._segments, segment)
+            index = bisect_right(self._starts, segment.start)
+            self._starts.insert(index, segment.start)
+            self._segments.insert(index, segment)
         segment.filled += count
         if segment.base + segment.filled >= segment.capacity:
             segment.sealed = True
@@ -157,7 +157,7 @@ class Store:
         The view is good until its piece may be refilled: until the lock is released, or, where pieces are filled
         by the same trio thread only, until the next await.
         """
-        index = bisect_right(self._segments, start, key=_start_of) - 1
+        index = bisect_right(self._starts, start) - 1
         if index >= 0:
             segment = self._segments[index]
             if stop <= segment.stop:
@@ -170,7 +170,7 @@ class Store:
         gathered = Gathered(replies.take(stop - start), start, replies, self.recording)
         out = gathered.out
         position = start
-        index = max(0, bisect_right(self._segments, start, key=_start_of) - 1)
+        index = max(0, bisect_right(self._starts, start) - 1)
         while position < stop:
             while index < len(self._segments) and self._segments[index].stop <= position:
                 index += 1
@@ -237,11 +237,13 @@ class Store:
                 leaving.append(segment)
                 continue
             # Its writer goes on filling it: only what is written leaves, and the piece stays.
+            index = self._index_of(segment)
             segment.start += count
             segment.base += count
             segment.filled -= count
+            self._starts[index] = segment.start
             if not segment.filled:
-                self._segments.remove(segment)
+                del self._starts[index], self._segments[index]
             elif self._cleared:
                 leaving.append(segment)
         self._remove(*leaving)
@@ -274,11 +276,15 @@ class Store:
 
     def _remove(self, *segments: Segment) -> None:
         for segment in segments:
-            index = bisect_right(self._segments, segment.start, key=_start_of) - 1
-            if index < 0 or self._segments[index] is not segment:
-                raise RuntimeError(f"the piece at byte {segment.start} was given back before")
-            del self._segments[index]
+            index = self._index_of(segment)
+            del self._starts[index], self._segments[index]
         self._give(*segments)
+
+    def _index_of(self, segment: Segment) -> int:
+        index = bisect_right(self._starts, segment.start) - 1
+        if index < 0 or self._segments[index] is not segment:
+            raise RuntimeError(f"the piece at byte {segment.start} was given back before")
+        return index
 
     def _give(self, *segments: Segment) -> None:
         """All at once: each time somebody may be woken."""
@@ -291,10 +297,6 @@ def _without_edges(run: list[Extent], start: int, stop: int) -> list[list[Extent
     first, last = int(run[0].start < start), len(run) - int(run[-1].stop > stop)
     parts = (run[:first], run[first:last], run[max(first, last) :])
     return [part for part in parts if part]
-
-
-def _start_of(segment: Segment) -> int:
-    return segment.start
 
 
 def _age_of(segment: Segment) -> int:
