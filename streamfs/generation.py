@@ -232,6 +232,17 @@ class Generation:
     def read_now(self, offset: int, size: int, since: int, *, sparing: bool = False) -> memoryview | None:
         """The bytes, if they are all in memory or come on the spot; the view is good until the next await. None: use
         `read`. `since`: as for `demand`. `sparing`: nothing is read ahead for it, and it does not count as use."""
+        found = self.buffer.view(offset, size)
+        if found is None:
+            found = self._gathered_now(offset, size, since, sparing)
+        if found is not None and not sparing:
+            self.used = time.monotonic()
+            if self.plan.fetches:
+                self._follow(offset + len(found))
+        return found
+
+    def _gathered_now(self, offset: int, size: int, since: int, sparing: bool) -> memoryview | None:
+        """As `read_now`, where no single piece of memory has it all."""
         try:
             found = self.buffer.look(offset, size)
             if isinstance(found, Missing) and not sparing and since == self.failures:
@@ -239,14 +250,9 @@ class Generation:
                 found = self.buffer.look(offset, size)
         except StreamfsError:
             return None
-        if isinstance(found, Gathered) and not found.disk:
-            found = memoryview(found.out)
-        if not isinstance(found, memoryview):
-            return None
-        if not sparing:
-            self.used = time.monotonic()
-            self._follow(offset + len(found))
-        return found
+        if isinstance(found, Gathered):
+            return None if found.disk else found.out
+        return None if isinstance(found, Missing) else found
 
     async def read(self, offset: int, size: int, since: int, *, sparing: bool = False) -> memoryview:
         """As Buffer.read_async; bytes are fetched as they are needed. `since`: as for `demand`."""
@@ -254,7 +260,8 @@ class Generation:
             return await self.buffer.read_async(offset, size, partial(self.demand, since=since, sparing=True))
         self.used = time.monotonic()
         view = await self.buffer.read_async(offset, size, partial(self.demand, since=since))
-        self._follow(offset + len(view))
+        if self.plan.fetches:
+            self._follow(offset + len(view))
         return view
 
     async def wait(self, offset: int, since: int) -> None:
@@ -341,10 +348,9 @@ class Generation:
             self._run(lane)
 
     def _follow(self, stop: int) -> None:
-        if self.plan.fetches:
-            front = self.buffer.available(stop, 1 << 62) + stop
-            if self.plan.follow(stop, front) is not None:
-                self._ring()
+        front = self.buffer.available(stop, 1 << 62) + stop
+        if self.plan.follow(stop, front) is not None:
+            self._ring()
 
     def released(self) -> None:
         """The last handle was closed: fetches stop where they are, and end unless somebody comes back."""

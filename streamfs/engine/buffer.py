@@ -155,6 +155,16 @@ class Buffer:
 
     # Reading
 
+    def view(self, offset: int, size: int) -> memoryview | None:
+        """What `look` gives where that is, not empty, in one piece of memory; None: ask that. Most reads end here."""
+        with self._lock:
+            state, stop = self._state, offset + size
+            if state.doomed is not None or offset < state.floor:
+                return None
+            if state.size is not None and stop > state.size:
+                stop = state.size
+            return self._store.view(offset, stop) if offset < stop else None
+
     def look(self, offset: int, size: int) -> memoryview | Gathered | Missing:
         """Read without waiting. Either a view of `size` bytes (fewer only at the proven end), or a Gathered whose
         disk part is still to be read (`settle`), or the first Missing byte.

@@ -160,7 +160,7 @@ class Store:
         index = bisect_right(self._starts, start) - 1
         if index >= 0:
             segment = self._segments[index]
-            if stop <= segment.stop:
+            if stop <= segment.start + segment.filled:
                 return segment.content(start, stop)
         return None
 

@@ -208,6 +208,24 @@ def test_a_spent_pool_gives_no_room_until_memory_comes_back(path):
     assert buffer.read_copy(0, SIZE) == DATA
 
 
+def test_what_one_piece_of_memory_holds_is_seen_without_a_look_elsewhere(path):
+    buffer = filled(Pool(8 * LARGE), size=SIZE, recording=Recording.create(path, HEADER))
+    last = SIZE // LARGE * LARGE
+    assert buffer.view(LARGE, LARGE) == DATA[LARGE : 2 * LARGE]
+    assert buffer.view(last, LARGE) == DATA[last:], "fewer at the end"
+    assert buffer.view(LARGE - 1, 2) is None, "two pieces"
+    assert buffer.view(SIZE, 1) is None
+    assert buffer.view(0, 0) is None
+    assert buffer.spill(LARGE)
+    assert buffer.view(0, 1) is None, "on disk"
+    buffer.trim(LARGE + SMALL)
+    assert buffer.view(LARGE, 1) is None, "out of the window"
+    assert buffer.view(LARGE + SMALL, 1) == DATA[LARGE + SMALL : LARGE + SMALL + 1]
+    buffer.doom(SourceChanged("another version"))
+    assert buffer.view(LARGE + SMALL, 1) is None
+    buffer.close()
+
+
 def test_spilling_moves_bounded_steps_and_nothing_changes_for_readers(path):
     buffer = filled(Pool(8 * LARGE))
     assert buffer.spill() == 0  # nowhere to go

@@ -241,6 +241,11 @@ class BufferMachine(RuleBasedStateMachine):
         stop = offset + size
         if self.size is not None:
             stop = max(offset, min(stop, self.size))
+        view = self.buffer.view(offset, size)
+        if view is not None:
+            assert self.floor <= offset < stop
+            assert self.present.first_gap(offset, stop) is None
+            assert view == self.data[offset:stop]
         if stop <= offset:
             assert self.buffer.read_copy(offset, size) == b""
             return
