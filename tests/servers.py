@@ -197,9 +197,11 @@ def nginx(
 
 
 @contextlib.contextmanager
-def vsftpd(root: Path | None = None, *, tls: Certificates | None = None, explicit: bool = False) -> Iterator[Server]:
+def vsftpd(
+    root: Path | None = None, *, tls: Certificates | None = None, explicit: bool = False, rate: int = 0
+) -> Iterator[Server]:
     """vsftpd for anonymous readers of `root`; every other login is refused. With `tls`: implicit TLS (ftps), or
-    `explicit` (AUTH TLS), and nothing without it."""
+    `explicit` (AUTH TLS), and nothing without it. `rate`: bytes a second of each session; 0: as fast as it can."""
     with _home(root) as (home, served):
         port = free_port()
         lines = [
@@ -224,6 +226,7 @@ def vsftpd(root: Path | None = None, *, tls: Certificates | None = None, explici
             f"vsftpd_log_file={home}/vsftpd.log",
             f"ftp_username={pwd.getpwuid(os.geteuid()).pw_name}",
             "idle_session_timeout=60",
+            f"anon_max_rate={rate}",
         ]
         if tls is not None:
             lines += [

@@ -56,9 +56,9 @@ def served(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(served: Path, unmounted: Mounted) -> Iterator[Server]:
-    """Beside a daemon that ends before it does."""
-    with servers.vsftpd(served) as running:
+def server(request: pytest.FixtureRequest, served: Path, unmounted: Mounted) -> Iterator[Server]:
+    """Beside a daemon that ends before it does. As a parameter: bytes a second of each session."""
+    with servers.vsftpd(served, rate=getattr(request, "param", 0)) as running:
         unmounted.mount()
         try:
             yield running
@@ -107,6 +107,7 @@ def test_readers_of_the_whole_of_parts_and_here_and_there_get_every_byte(server:
         unmounted.run("evict", "file")
 
 
+@pytest.mark.parametrize("server", [SIZE // 2], indirect=True)  # or sockets might hold all that is still to come
 def test_a_reader_does_not_notice_that_the_sessions_were_killed(server: Server, unmounted: Mounted) -> None:
     path = unmounted.add("file", "--no-probe", "--read-ahead", "1MiB", f"ftp://{server.authority}/data")
     reader = unmounted.start(["cat", path])
