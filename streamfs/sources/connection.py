@@ -44,7 +44,6 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.idle_since = 0.0
         self.heard = False  # any byte since the last request was sent
         self._streak = 0  # receives since other tasks last had their turn
         self._poll: select.poll | None = None

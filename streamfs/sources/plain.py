@@ -16,6 +16,7 @@ import trio
 
 from streamfs.sources.connection import Connection, Destination, connect, tls_context
 from streamfs.sources.http1 import HEAD_LIMIT, Counted, HeadReader, ReplyHead, framing, request_head, with_varying
+from streamfs.sources.idle import IdlePool
 from streamfs.sources.transport import Ending, Identity, Request, TransportError
 
 CONNECTIONS_PER_HOST = 4096
@@ -42,15 +43,13 @@ class PlainTransport:
         connect_seconds: float = CONNECT_SECONDS,
     ) -> None:
         self._per_host = connections_per_host
-        self._idle_seconds = idle_seconds
         self._connect_seconds = connect_seconds
-        self._idle: dict[Destination, list[Connection]] = {}  # the most recently used last
+        self._idle: IdlePool[Destination, Connection] = IdlePool(idle_seconds)
         self._slots: dict[tuple[bool, str, int], _Slots] = {}
         self._contexts: dict[Identity, ssl.SSLContext] = {}
         self._prepared: dict[_Question, Prepared] = {}
         # One for all: what lands in it is copied out before any other task can run.
         self._scratch = memoryview(bytearray(HEAD_LIMIT))
-        self._reaper: trio.CancelScope | None = None  # of the system task that runs while anything is idle
         self._closed = False
 
     async def request(self, request: Request) -> PlainResponse:
@@ -79,12 +78,10 @@ class PlainTransport:
         """Send a request without waiting for anything, over a connection that is idle; None where there is none, or it
         does not take the request. `prepared`: of a response that was had before."""
         key = prepared.key
-        if key not in self._idle or not self._has_slot(key):
-            return None
-        data = with_varying(prepared.head, varying)
-        connection = self._take_idle(key)
+        connection = self._take_idle(key) if self._has_slot(key) else None
         if connection is None:
             return None
+        data = with_varying(prepared.head, varying)
         try:
             data = data[connection.send_now(data) :]
         except TransportError:
@@ -95,17 +92,12 @@ class PlainTransport:
     async def aclose(self) -> None:
         """Close every idle connection; later requests are refused. Safe to call again."""
         self._closed = True
-        if self._reaper is not None:
-            self._reaper.cancel()
-        for connections in self._idle.values():
-            for connection in connections:
-                connection.close()
-        self._idle.clear()
+        self._idle.close()
         await trio.lowlevel.checkpoint()
 
     @property
     def idle_connections(self) -> int:
-        return sum(map(len, self._idle.values()))
+        return len(self._idle)
 
     # -- one exchange
 
@@ -175,42 +167,18 @@ class PlainTransport:
             self._slots.pop((key.tls, key.host, key.port), None)
 
     def _take_idle(self, key: Destination) -> Connection | None:
-        connections = self._idle.get(key, [])
-        found = None
-        while connections and found is None:
-            connection = connections.pop()
+        while (connection := self._idle.take(key)) is not None:
             if connection.silent():
-                found = connection
-            else:  # closed by the server, or it says what nobody asked
-                connection.close()
-        if not connections:
-            self._idle.pop(key, None)
-        return found
+                return connection
+            connection.close()  # closed by the server, or it says what nobody asked
+        return None
 
     def _give_back(self, connection: Connection, key: Destination, *, reuse: bool) -> None:
         # Whether the other side has closed it, or talks unasked, is looked at when it is taken again.
-        if not reuse or self._closed:
+        if reuse:
+            self._idle.give(key, connection)
+        else:
             connection.close()
-            return
-        connection.idle_since = trio.current_time()
-        self._idle.setdefault(key, []).append(connection)
-        if self._reaper is None:
-            self._reaper = trio.CancelScope()
-            trio.lowlevel.spawn_system_task(self._reap, self._reaper, name="idle connections")
-
-    async def _reap(self, scope: trio.CancelScope) -> None:
-        """Close connections that stayed idle for too long; ends when none is idle."""
-        with scope:
-            while self._idle:
-                oldest = min(connections[0].idle_since for connections in self._idle.values())
-                await trio.sleep_until(oldest + self._idle_seconds)
-                limit = trio.current_time() - self._idle_seconds
-                for key, connections in list(self._idle.items()):
-                    while connections and connections[0].idle_since <= limit:
-                        connections.pop(0).close()
-                    if not connections:
-                        del self._idle[key]
-        self._reaper = None
 
 
 @dataclass(slots=True)
