@@ -325,7 +325,7 @@ class FileSystem:
             raise SourceChanged("the file has a new version")
 
     def read_now(self, number: int, offset: int, size: int) -> memoryview | None:
-        """What `read` would give, if that is in memory; None where it would have to wait or fails."""
+        """As Handle.read_now; None also for a handle that is not open."""
         opened = self._handles.get(number)
         return None if opened is None else opened[0].read_now(offset, size)
 

@@ -230,8 +230,9 @@ class Generation:
     # What readers do
 
     def read_now(self, offset: int, size: int, since: int, *, sparing: bool = False) -> memoryview | None:
-        """The bytes, if they are all in memory or come on the spot; the view is good until the next await. None: use
-        `read`. `since`: as for `demand`. `sparing`: nothing is read ahead for it, and it does not count as use."""
+        """The bytes, if all are at hand, in our memory or the kernel's, or come on the spot; the view is good until the
+        next await. None: use `read`. `since`: as for `demand`. `sparing`: nothing is read ahead for it, and it does not
+        count as use."""
         found = self.buffer.view(offset, size)
         if found is None:
             found = self._gathered_now(offset, size, since, sparing)
@@ -251,7 +252,7 @@ class Generation:
         except StreamfsError:
             return None
         if isinstance(found, Gathered):
-            return None if found.disk else found.out
+            return self.buffer.settle(found, wait=False)
         return None if isinstance(found, Missing) else found
 
     async def read(self, offset: int, size: int, since: int, *, sparing: bool = False) -> memoryview:

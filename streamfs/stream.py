@@ -123,7 +123,7 @@ class Handle:
         return self.size is None or not (generation.facts.ranged or generation.buffer.complete)
 
     def read_now(self, offset: int, size: int) -> memoryview | None:
-        """What `read` would give, if all of it is in one piece of memory; None where it is not, or fails."""
+        """What `read` would give, where that takes no wait but a moment; None where it does, or fails."""
         view = self._generation.read_now(offset, size, self._since, sparing=self._sparing)
         if view is not None:
             self._gave(offset, view)

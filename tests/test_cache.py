@@ -73,6 +73,18 @@ async def test_past_the_threshold_bytes_move_to_disk_and_read_the_same(ranged: b
         handle.close()
 
 
+async def test_what_was_spilled_and_the_kernel_has_is_read_without_a_wait(tmp_path: Path) -> None:
+    origin = Origin(size=4 * MIB)
+    async with a_house(tmp_path, spill_threshold=0) as house:
+        handle = await house.stream(origin).open()
+        for offset in range(0, origin.size, MIB):
+            await check(handle, origin, offset, MIB)
+        await until(lambda: handle.generation.buffer.memory == 0)
+        await check(handle, origin, 0, origin.size)  # from the disk: from now on the kernel has the pages
+        assert handle.read_now(MIB // 2, MIB) == origin.content()[MIB // 2 : MIB * 3 // 2]
+        handle.close()
+
+
 @pytest.mark.parametrize("told", [True, False])
 async def test_a_stream_that_came_to_its_end_takes_no_more_disk_than_its_bytes(told: bool, tmp_path: Path) -> None:
     origin = Origin(size=20 * MIB, ranged=False, told=told, piece=MIB)
