@@ -319,7 +319,6 @@ class Operations(pyfuse3.Operations):
         await self._fs.set_attribute(inode, os.fsdecode(name), value)
 
     @_guarded
-    @_shown
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
         raise pyfuse3.FUSEError(errno.EACCES)
 
@@ -384,7 +383,6 @@ class Operations(pyfuse3.Operations):
         return entry
 
     @_guarded
-    @_shown
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:

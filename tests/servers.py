@@ -94,6 +94,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def old_file(folder: Path, name: str, content: bytes) -> Path:
+    """Makes `folder`, which servers of any user may read, with one file in it; gives the folder. The file is old enough
+    for its date to name a version."""
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    os.utime(folder / name, (1_700_000_000, 1_700_000_000))
+    for parent in (folder, *folder.parents[:3]):
+        parent.chmod(0o755)
+    return folder
+
+
 @contextlib.contextmanager
 def _running(argv: Sequence[str], port: int, home: Path, root: Path, **files: Path) -> Iterator[Server]:
     """Run `argv` until the block ends; entered once `port` accepts connections."""

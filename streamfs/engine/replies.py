@@ -35,18 +35,20 @@ class Replies:
     def take(self, size: int) -> memoryview:
         """`size` bytes of undefined content. They are the caller's, and whoever's the caller gives a view of them to,
         until the last such view is gone."""
+        length = -(-size // _STEP) * _STEP
+        if length > self._most:
+            return memoryview(bytearray(size))
         with self._lock:
             self._asked = True
             for memory in self._kept:
                 if len(memory) >= size and _is_unseen(memory):
                     return memoryview(memory)[:size]
-        fresh = bytearray(-(-size // _STEP) * _STEP)
+        fresh = bytearray(length)
         view = memoryview(fresh)[:size]  # before others know of it
-        if len(fresh) <= self._most:
-            with self._lock:
-                self._kept.append(fresh)
-                while sum(map(len, self._kept)) > self._most:
-                    self._kept.popleft()  # who has a view of it keeps it
+        with self._lock:
+            self._kept.append(fresh)
+            while sum(map(len, self._kept)) > self._most:
+                self._kept.popleft()  # who has a view of it keeps it
         return view
 
     def trim(self) -> None:

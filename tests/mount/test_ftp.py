@@ -46,13 +46,7 @@ print(digest.hexdigest())
 
 @pytest.fixture
 def served(tmp_path: Path) -> Path:
-    folder = tmp_path / "served"
-    folder.mkdir()
-    (folder / "data").write_bytes(DATA)
-    os.utime(folder / "data", (1_700_000_000, 1_700_000_000))  # long enough ago to name a version
-    for parent in (folder, *folder.parents[:3]):
-        parent.chmod(0o755)
-    return folder
+    return servers.old_file(tmp_path / "served", "data", DATA)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,13 +17,7 @@ DATA = random.Random(5).randbytes(9_000_017)
 
 @pytest.fixture
 def served(tmp_path: Path) -> Path:
-    folder = tmp_path / "served"
-    folder.mkdir()
-    (folder / "data").write_bytes(DATA)
-    os.utime(folder / "data", (1_700_000_000, 1_700_000_000))  # long enough ago to name a version
-    for parent in (folder, *folder.parents[:3]):
-        parent.chmod(0o755)
-    return folder
+    return servers.old_file(tmp_path / "served", "data", DATA)
 
 
 @pytest.fixture
@@ -34,7 +27,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 @pytest.mark.parametrize("kind", ["ftp", "sftp", "http-proxy"])
-def test_programs_read_a_file_behind_libcurl(
+def test_programs_read_a_file_behind_other_protocols_and_proxies(
     kind: str, served: Path, stack: ExitStack, unmounted: Mounted, tmp_path: Path
 ) -> None:
     match kind:
